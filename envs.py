@@ -80,6 +80,7 @@ FINGER_OPEN, FINGER_CLOSED = .04, -.01   # m per finger; a negative set-point sq
 GRASP_FORCE = .5          # N on both pads: the object counts as grasped
 PICK_RADIUS = .05         # m between the axes of object and dish at success
 PICK_HEIGHT = .025        # m that the object's underside may be above the dish's floor
+PICK_START = .115         # m; the object starts at least this far from the dish's axis
 PICK_CLEAR = .045         # m between TCP and object: it was let go
 PUSH_DISTANCE = .10       # m that the named cube must move forward (+x)
 PUSH_WRONG = .03          # m that another cube may move before the episode counts as failed
@@ -107,15 +108,15 @@ class Visual:
     diffuse: tuple = (.55, .55)
     light_side: tuple = (0., 0.)                             # 0 = straight down, 1 = 45 degrees from +y
     shadow: tuple = (0., 0.)                                 # opacity of the blob shadows
-    camera_azimuth: tuple = (-22., -22.)                     # deg from +x, about LOOK_AT
-    camera_elevation: tuple = (48., 48.)                     # deg above the table
-    camera_distance: tuple = (.80, .80)                      # m
-    camera_fovy: tuple = (37., 37.)                          # deg
+    camera_azimuth: tuple = (22., 22.)                       # deg from +x, about LOOK_AT
+    camera_elevation: tuple = (39., 39.)                     # deg above the table
+    camera_distance: tuple = (.90, .90)                      # m
+    camera_fovy: tuple = (29.5, 29.5)                        # deg
     look_at_shift: tuple = (0., 0.)                          # m, on each axis
     gain: tuple = (1., 1.)                                   # image brightness factor
     tint: tuple = (0., 0.)                                   # + warm: red up, blue down
     gamma: tuple = (1., 1.)
-    noise: float = 0.                                        # sigma of the sensor noise, of 255
+    noise: int = 0                                           # sigma of the sensor noise, of 255
     blur: bool = False                                       # 3x3 binomial
     stale: float = 0.                                        # probability that the camera repeats its last frame
 
@@ -166,17 +167,17 @@ class Domain:
 SIM = Domain()
 REAL = Domain(
     Visual(textures=("slate",), table=((.10, .42, .40),), wall=((.16, .16, .19),), robot=((.88, .87, .82),),
-           clutter=1., ambient=(.30, .36), diffuse=(.55, .70), light_side=(.6, .8), shadow=(.35, .45),
-           camera_azimuth=(-19.5, -18.5), camera_elevation=(45.5, 46.5), camera_distance=(.825, .835),
-           camera_fovy=(38.5, 39.), look_at_shift=(.01, .015), gain=(.85, 1.15), tint=(-.08, .08),
-           gamma=(.9, 1.1), noise=4., blur=True, stale=.1),
+           clutter=1., ambient=(.30, .36), diffuse=(.55, .70), light_side=(.6, .8), shadow=(.25, .35),
+           camera_azimuth=(24.5, 25.5), camera_elevation=(36.5, 37.5), camera_distance=(.920, .930),
+           camera_fovy=(30.5, 31.), look_at_shift=(.008, .012), gain=(.85, 1.15), tint=(-.08, .08),
+           gamma=(.9, 1.1), noise=4, blur=True, stale=.1),
     Dynamics(servo_stiffness=(.45, .55), servo_damping=(.08, .08), action_scale=(.87, .93), latency=(.025, .075),
              gripper_damping=(150., 150.), gripper_force=(25., 25.), object_mass=(.10, .14),
              object_friction=(.6, .7), drawer_friction=(2.5, 5.), drawer_damping=(12., 25.),
              start_joints=.05, start_tcp=.02),
     Objects(shapes=("cube", "can", "ball", "carrot", "pear", "corn", "eggplant", "sponge"),
-            colours=((.75, .10, .25), (.45, .15, .50), (.95, .75, .15), (.95, .55, .45)),
-            accents=((.10, .40, .20), (.85, .85, .55)), scale=(.95, 1.05), dish=((.92, .93, .95),),
+            colours=((.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)),
+            accents=((.35, .65, .25), (.90, .90, .60)), scale=(.95, 1.05), dish=((.92, .93, .95),),
             dish_wall=(.014, .016),
             cubes=(("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62))),
             unseen_cubes=(("orange", (.90, .42, .15)), ("green", (.45, .75, .40)), ("red", (.75, .12, .12))),
@@ -188,9 +189,9 @@ PRETRAIN = Domain(
            wall=((.95, .90, .80), (.40, .45, .55), (.55, .40, .35), (.30, .42, .30), (.85, .75, .85)),
            robot=((1., 1., 1.), (.80, .82, .86), (.93, .90, .80), (.70, .70, .70)), clutter=.5,
            ambient=(.20, .60), diffuse=(.35, .80), light_side=(-1., 1.), shadow=(0., .5),
-           camera_azimuth=(-45., 15.), camera_elevation=(36., 60.), camera_distance=(.72, .95),
-           camera_fovy=(35., 42.), look_at_shift=(-.03, .03), gain=(.75, 1.25), tint=(-.12, .12),
-           gamma=(.8, 1.25), noise=3., stale=0.),
+           camera_azimuth=(2., 42.), camera_elevation=(30., 46.), camera_distance=(.84, 1.05),
+           camera_fovy=(28., 33.), look_at_shift=(-.02, .02), gain=(.75, 1.25), tint=(-.12, .12),
+           gamma=(.8, 1.25), noise=3),
     Dynamics(servo_stiffness=(.6, 1.2), action_scale=(.9, 1.1), latency=(0., .05), object_mass=(.04, .15),
              object_friction=(.7, 1.2), drawer_friction=(1., 4.), drawer_damping=(4., 20.), start_joints=.05,
              start_tcp=.03),
@@ -207,7 +208,7 @@ PRETRAIN = Domain(
             handle=((.85, .75, .20), (.75, .75, .78), (.70, .15, .15), (.20, .25, .60)),
             handle_scale=(.85, 1.15), stroke=(.19, .21)))
 CAMERA_CLEARANCE = .06    # m; `pretrain` never puts its camera nearer to that of `sim` or `real`
-LOOK_AT = np.array([.475, -.015, .045])                       # m; the point that every camera orbits
+LOOK_AT = np.array([.45, -.045, .08])                         # m; the point that every camera orbits
 
 # Object shapes: parts of (geom type, half sizes [m], centre [m], 0 = object colour | 1 = accent). The origin is the
 # grasp point and the fingers close along y, where every shape is at most 60 mm wide. `turned` shapes are long along
@@ -246,7 +247,7 @@ TURNED = ("cube", "brick", "egg", "carrot", "corn", "eggplant", "sponge", "pot",
 ROD_ALONG_X = np.array([.70710678, 0, .70710678, 0])           # capsules point along z in MuJoCo
 
 # Where things start: [low, high] of x and y, m. `unseen-states` starts in the band of UNSEEN_BAND around each area.
-START_AREA = {"object": np.array([[.41, .05], [.53, .17]]), "dish": np.array([[.42, -.17], [.53, -.07]]),
+START_AREA = {"object": np.array([[.42, .04], [.53, .14]]), "dish": np.array([[.42, -.16], [.53, -.07]]),
               "cube": np.array([[.42, -.015], [.46, .015]]), "cabinet": np.array([[.44, -.32], [.52, -.27]])}
 TURN = .5                                                      # rad; objects and cubes start within +- this yaw
 CLOSE_START = (.14, .19)                                       # m; how far open the drawer is before close-drawer
@@ -444,12 +445,12 @@ def forward_kinematics(q):
     """TCP position (N, 3) [m], rotation (N, 3, 3) and Jacobian (N, 6, 7) for joint angles q (N, 7) [rad].
 
     Jacobian rows: linear then angular velocity of the TCP in the base frame, per rad/s of each joint."""
-    turn = rotation(2, q)                                      # (N, 7, 3, 3)
-    position, frame = np.zeros((len(q), 3)), np.broadcast_to(np.eye(3), (len(q), 3, 3))
+    local = TILT @ rotation(2, q)                              # (N, 7, 3, 3) each joint's frame in the one before
+    position, frame = np.zeros((len(q), 3)), np.tile(np.eye(3), (len(q), 1, 1))
     origins, axes = np.empty((2, len(q), 7, 3))
     for k in range(7):
         position = position + frame @ JOINT_OFFSET[k]
-        frame = frame @ TILT[k] @ turn[:, k]
+        frame = frame @ local[:, k]
         origins[:, k], axes[:, k] = position, frame[:, :, 2]
     frame = frame @ TOOL
     position = position + frame[:, :, 2] * (.107 + TCP_IN_HAND)
@@ -486,12 +487,16 @@ def euler_of(frame):
 # ---------------------------------------------------------------------------------------------- rendering
 
 
-def open_gl(size):
-    """An off-screen OpenGL context of size x size pixels, made current. RuntimeError: what to install."""
+GL_CONTEXT = {}           # process id: context. One for all environments of a process: an MjrContext that is garbage
+                          # collected while another context is current would delete that one's textures
+
+
+def open_gl():
+    """Make this process's off-screen OpenGL context current, creating it if need be. RuntimeError: what to install."""
     try:
-        context = mujoco.GLContext(size, size)
-        context.make_current()
-        return context
+        if os.getpid() not in GL_CONTEXT:                      # a forked child must not use its parent's context
+            GL_CONTEXT[os.getpid()] = mujoco.GLContext(8, 8)   # pictures are drawn into MuJoCo's own frame buffers
+        GL_CONTEXT[os.getpid()].make_current()
     except Exception as error:     # every backend fails in its own way: ImportError, AttributeError, FatalError ...
         raise RuntimeError(
             f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with "
@@ -574,7 +579,7 @@ class Scene:
             for body in bodies:
                 x, y, z = data.xpos[body] - (0, 0, TCP_IN_HAND * (body == bodies[-1]))
                 geom = self.view.geoms[self.view.ngeom]
-                mujoco.mjv_initGeom(geom, CAN, np.array([.034, .034, .0004]), np.array([x, y - shadow_side * z, .001]),
+                mujoco.mjv_initGeom(geom, CAN, np.array([.028, .028, .0004]), np.array([x, y - shadow_side * z, .001]),
                                     np.eye(3).ravel(), np.array([0, 0, 0, shadow], np.float32))
                 self.view.ngeom += 1
         mujoco.mjr_render(self.rect, self.view, self.context)
@@ -622,11 +627,12 @@ def start_xy(rng, area, unseen):
 def camera_pose(azimuth, elevation, distance, look_at):
     """Position (3,) and quaternion (4,) of a camera that orbits look_at; angles in degrees, no roll."""
     a, e = np.radians(azimuth), np.radians(elevation)
-    backward = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])     # MuJoCo cameras look along -z
-    right = np.array([-np.sin(a), np.cos(a), 0])
+    cos_a, sin_a, cos_e, sin_e = np.cos(a), np.sin(a), np.cos(e), np.sin(e)
+    axes = np.array([[-sin_a, -sin_e * cos_a, cos_e * cos_a],  # columns: right, up, backward
+                     [cos_a, -sin_e * sin_a, cos_e * sin_a], [0, cos_e, sin_e]])
     quat = np.empty(4)
-    mujoco.mju_mat2Quat(quat, np.stack([right, np.cross(backward, right), backward], 1).ravel())
-    return look_at + distance * backward, quat
+    mujoco.mju_mat2Quat(quat, axes.ravel())
+    return look_at + distance * axes[:, 2], quat
 
 
 def draw_camera(rng, visual, keep_away):
@@ -659,21 +665,23 @@ def draw_image_processing(rng, visual, horizon):
                 stale=rng.random(horizon + 1) < visual.stale)
 
 
-NOISE = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)      # drawn once: randn costs 10 x a look-up
+# Sensor noise of sigma 1, in 1/16: drawn once and cut at random places, since fresh noise costs 10 x a look-up.
+NOISE = (16 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.int16)
 
 
 def process_image(image, look, step):
     """Tone curve, blur and sensor noise of one frame (H, W, 3) uint8; the noise depends on episode and step only."""
     if look["lut"] is not None:
-        image = np.stack([curve[image[..., c]] for c, curve in enumerate(look["lut"])], -1)
-    if look["blur"]:
-        wide = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.uint16)
-        wide = wide[:-2] + 2 * wide[1:-1] + wide[2:]
-        image = ((wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:] + 8) >> 4).astype(np.uint8)
+        image = look["lut"].ravel().take(image + np.array([0, 256, 512], np.uint16))    # one curve a channel
+    if look["blur"]:                                           # rows, then columns, with 1/4 1/2 1/4
+        wide = image.astype(np.uint16)
+        wide[1:-1] = wide[:-2] + 2 * wide[1:-1] + wide[2:] + 2 >> 2
+        wide[:, 1:-1] = wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:] + 2 >> 2
+        image = wide.astype(np.uint8)
     if look["noise"]:
-        start = (look["seed"] + 7919 * step) % (len(NOISE) - image.size % len(NOISE))
-        noisy = image + look["noise"] * NOISE[start:start + image.size].reshape(image.shape)
-        image = np.clip(noisy, 0, 255).astype(np.uint8)
+        start = (look["seed"] + 7919 * step) % (len(NOISE) - image.size)
+        noise = (look["noise"] * NOISE[start:start + image.size] >> 4).reshape(image.shape)
+        image = np.clip(image + noise, 0, 255).astype(np.uint8)
     return image
 
 # ---------------------------------------------------------------------------------------------- the environments
@@ -718,7 +726,8 @@ class VecEnv:
             self.domain = dataclasses.replace(SIM, **{part: getattr(REAL, part) for part in gap})
         self.wordings = {t: (INSTRUCTION[t],) * (domain != "pretrain") + PARAPHRASES[t] * (paraphrase or domain == "pretrain")
                          for t in TASKS}
-        self.gl = open_gl(image_size) if image_size else None
+        if image_size:
+            open_gl()
         self.renderer = gl_renderer_name() if image_size else "none"
         self.scenes = {name: Scene(name, num_envs, image_size) for name in sorted({SCENE_OF[t] for t in self.tasks})}
         self.seconds = dict(physics=0., gl=0.)                 # spent in mj_step and in OpenGL since the start
@@ -742,12 +751,19 @@ class VecEnv:
     def reset(self):
         """Start over with episode first_episode in environment 0. Returns the observation, see observe()."""
         self.next_episode = self.first
-        for i in range(self.num_envs):
-            self.begin_episode(i)
+        self.begin_episodes(np.arange(self.num_envs))
         return self.observe(np.arange(self.num_envs))
 
-    def begin_episode(self, i):
-        """Put environment i into its next scene; no other environment is touched."""
+    def begin_episodes(self, ids):
+        """Put environments ids into their next scenes; no other environment is touched."""
+        self.start_robots(ids, [self.arrange(i) for i in ids])
+        for i in ids:
+            self.scenes[self.scene_of[i]].finish_reset(i)
+        self.read(ids)
+        self.start_distance[ids] = np.maximum(np.linalg.norm((self.object - self.goal)[ids], axis=1), 1e-3)
+
+    def arrange(self, i):
+        """Draw the next episode of environment i and write its scene; returns the random stream of its dynamics."""
         number, self.next_episode = self.next_episode, self.next_episode + self.stride
         layout, things, looks, moves, acting = (np.random.default_rng([self.seed, self.domain_id, number, stream])
                                                 for stream in range(5))    # one stream a part: gap parts are independent
@@ -762,10 +778,7 @@ class VecEnv:
         self.apply_dynamics(scene, i, moves)
         dict(pick=self.place_pick, push=self.place_push, drawer=self.place_drawer)[scene.name](scene, i, layout, things)
         episode.look = self.apply_looks(scene, i, looks)
-        self.start_robot(scene, i, moves)
-        scene.finish_reset(i)
-        self.read([i])
-        self.start_distance[i] = max(np.linalg.norm(self.object[i] - self.goal[i]), 1e-3)
+        return moves
 
     def place_pick(self, scene, i, layout, things):
         """An object of random shape, colour and yaw, and the dish."""
@@ -795,9 +808,11 @@ class VecEnv:
             scene.set_geom(i, f"dish_wall{k}", size=(.004, .0265, wall), pos=(x, y, wall), rgba=rgba * (.85, .85, .85, 1))
         episode.rest, turned = -low, episode.shape in TURNED
         yaw = layout.uniform(-TURN, TURN) * turned             # a yaw that nobody can see would only confuse a policy
-        scene.qpos[i, 9:12] = *start_xy(layout, START_AREA["object"], unseen), episode.rest
-        scene.qpos[i, 12:16] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-        scene.mocap_pos[i, 0] = *start_xy(layout, START_AREA["dish"], unseen), 0
+        xy = dish = np.zeros(2)
+        while np.linalg.norm(xy - dish) < PICK_START:
+            xy, dish = start_xy(layout, START_AREA["object"], unseen), start_xy(layout, START_AREA["dish"], unseen)
+        scene.qpos[i, 9:16] = *xy, episode.rest, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        scene.mocap_pos[i, 0] = *dish, 0
 
     def place_push(self, scene, i, layout, things):
         """Three cubes of different colours in three lanes; the instruction names one."""
@@ -866,20 +881,20 @@ class VecEnv:
             scene.field["dof_frictionloss"][i, 9] = uniform(rng, d.drawer_friction)
             scene.field["dof_damping"][i, 9] = uniform(rng, d.drawer_damping)
 
-    def start_robot(self, scene, i, rng):
-        """The arm near HOME, gripper open, controller target = where the tool really is."""
-        d = self.domain.dynamics
-        extra = UNSEEN_BAND if self.unseen == "unseen-states" else 0.
-        q = HOME + rng.uniform(-1, 1, 7) * d.start_joints
-        tcp, frame, _ = forward_kinematics(q[None])
-        shift = rng.uniform(-1, 1, 3) * (d.start_tcp + extra)
-        q = inverse_kinematics(q[None], np.clip(tcp + shift, *WORKSPACE), frame, iterations=6)
-        self.q_new[i] = self.q_old[i] = self.q_older[i] = q[0]
+    def start_robots(self, ids, rngs):
+        """The arms near HOME, grippers open, controller target = where the tool really is."""
+        shift = self.domain.dynamics.start_tcp + (UNSEEN_BAND if self.unseen == "unseen-states" else 0.)
+        joints, move = np.array([(rng.uniform(-1, 1, 7), np.r_[rng.uniform(-1, 1, 3), np.zeros(4)]) for rng in rngs]).swapaxes(0, 1)
+        q = HOME + self.domain.dynamics.start_joints * joints
         tcp, frame, _ = forward_kinematics(q)
-        self.target[i], self.target_frame[i] = tcp[0], frame[0]
-        self.grip_new[i] = self.grip_old[i] = FINGER_OPEN
-        scene.qpos[i, :7], scene.qpos[i, 7:9] = q[0], FINGER_OPEN
-        scene.ctrl[i] = *q[0], FINGER_OPEN, FINGER_OPEN
+        q = inverse_kinematics(q, np.clip(tcp + shift * move[:, :3], *WORKSPACE), frame)
+        self.q_new[ids] = self.q_old[ids] = self.q_older[ids] = q
+        self.target[ids], self.target_frame[ids], _ = forward_kinematics(q)
+        self.grip_new[ids] = self.grip_old[ids] = FINGER_OPEN
+        start = np.concatenate([q, np.full((len(ids), 2), FINGER_OPEN)], 1)
+        for i, joints in zip(ids, start):
+            scene = self.scenes[self.scene_of[i]]
+            scene.qpos[i, :9] = scene.ctrl[i] = joints
 
     # -- one step
 
@@ -916,8 +931,8 @@ class VecEnv:
                     diverged=self.diverged.copy(), episode=np.array([e.number for e in self.episodes]),
                     length=self.steps.copy(), reward_terms=dict(terms), ended=ended,
                     final_obs=self.observe(ended) if len(ended) else None)
-        for i in ended:
-            self.begin_episode(i)
+        if len(ended):
+            self.begin_episodes(ended)
         return self.observe(np.arange(n)), reward.astype(np.float32), terminated, truncated, info
 
     def check_actions(self, actions):
@@ -1048,7 +1063,7 @@ class VecEnv:
         if look["stale"][step] and step > 0:
             return self.last_image[i]
         before = time.perf_counter()
-        self.gl.make_current()
+        open_gl()
         image = self.scenes[self.scene_of[i]].render(i, look["shadow"], look["side"])
         self.seconds["gl"] += time.perf_counter() - before
         return process_image(image, look, step)
@@ -1058,13 +1073,11 @@ class VecEnv:
         return np.stack([self.tcp, self.object, self.goal], 1).astype(np.float32)
 
     def close(self):
-        """Free the OpenGL objects; the environment cannot render afterwards."""
-        if self.gl:
-            self.gl.make_current()
-            for scene in self.scenes.values():
+        """Free the OpenGL buffers; the environment cannot render afterwards."""
+        for scene in self.scenes.values():
+            if scene.context:
+                open_gl()
                 scene.context.free()
-            self.gl.free()
-            self.gl = None
 
 # ---------------------------------------------------------------------------------------------- experts
 

@@ -483,7 +483,7 @@ class Policy(nn.Module):
         action.setdefault("gripper_range", [-1.0, 1.0])
         self.statistics, self.settings["unnorm_key"] = {name: stats}, None
 
-    def check(self, images, instructions, actions=None, pad=None):
+    def check(self, images, instructions=None, actions=None, pad=None):
         """One ValueError that names every offender. Returns images as a uint8 or feature tensor on the device."""
         images = torch.as_tensor(images)
         bad, size, features = [], len(images) if images.ndim else 0, images.ndim == self.feature_ndim
@@ -499,7 +499,9 @@ class Policy(nn.Module):
                                    "(images * 255).round().astype('uint8')"))
             if images.ndim not in self.image_ndims or images.shape[-1] != 3 or 0 in images.shape:
                 bad.append(problem("images", f"shape {tuple(images.shape)}", self.image_help, "channels last, RGB"))
-        if isinstance(instructions, str) or not all(isinstance(text, str) for text in instructions):
+        if instructions is None:
+            pass
+        elif isinstance(instructions, str) or not all(isinstance(text, str) for text in instructions):
             bad.append(problem("instructions", type(instructions).__name__, "a list of str", "[instruction] * B"))
         elif len(instructions) != size:
             bad.append(problem("instructions", f"{len(instructions)} for {size} images", "one for each image",
@@ -865,3 +867,526 @@ class Pi05(Policy):
         self.noise_head = Head((width, 128, 64, dim), nn.Tanh, last_bias=True)
         self.image_size, self.action_dim = vision["image_size"], dim
         self.feature_shape = ((vision["image_size"] // vision["patch_size"]) ** 2, vision["hidden_size"])
+
+    # Official names differ from ours by fixed stems only; wrappers of training frameworks are stripped.
+    def official_key(self, name):
+        stem = "paligemma_with_expert."
+        if name.startswith("vision_tower."):
+            return name.replace("vision_tower.", stem + "paligemma.model.vision_tower.vision_model.", 1)
+        if name.startswith(("multi_modal_projector.", "language_model.")):
+            return stem + "paligemma.model." + name
+        return name.replace("gemma_expert.", stem + "gemma_expert.model.", 1)
+
+    def internal_key(self, name):
+        name = re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name)
+        name = re.sub(r"^(module\.|model\.)*(paligemma_with_expert\.)?(paligemma\.)?(model\.)?", "", name)
+        return name.replace("vision_tower.vision_model.", "vision_tower.").replace("gemma_expert.model.", "gemma_expert.")
+
+    def official_tensors(self):
+        """openpi's file stores the tied embedding as lm_head, and an lm_head of the expert that nothing ever uses."""
+        tensors, stem = super().official_tensors(), "paligemma_with_expert."
+        embedding = tensors.pop(stem + "paligemma.model.language_model.embed_tokens.weight")
+        unused = torch.zeros(len(embedding), self.action_in_proj.out_features, dtype=torch.bfloat16)
+        return {**tensors, stem + "paligemma.lm_head.weight": embedding, stem + "gemma_expert.lm_head.weight": unused}
+
+    # -- units --
+
+    def affine(self, part):
+        """Normalised = (x - offset) / scale, both (n,) float64: quantiles to [-1, 1], or z-scores. Nothing is clipped."""
+        stats = {key: torch.tensor(value, dtype=torch.float64, device=self.device)
+                 for key, value in self.stats[part].items() if key in ("q01", "q99", "mean", "std")}
+        lerobot = self.settings["style"] == "lerobot"
+        if self.settings["norm"] == "mean_std":
+            return stats["mean"], stats["std"] + (1e-8 if lerobot else 1e-6)
+        spread = stats["q99"] - stats["q01"]
+        spread = torch.where(spread == 0, 1e-8, spread) if lerobot else spread + 1e-6
+        return stats["q01"] + spread / 2, spread / 2
+
+    def shift(self, actions, state, sign):
+        """Delta actions: the same current state is added to (sign 1) or taken from (sign -1) every step of the chunk."""
+        mask = self.settings["delta_mask"]
+        if mask is None:
+            return actions
+        relative = torch.as_tensor(mask, device=actions.device)
+        state = torch.as_tensor(state, device=actions.device)[:, None, :len(relative)]
+        return torch.cat([actions[..., :len(relative)] + sign * state * relative, actions[..., len(relative):]], -1)
+
+    def unnormalize(self, x, state=None):
+        """(B, H, A) model units -> (B, H, 7) float32 physical actions; padding dimensions are dropped."""
+        offset, scale = self.affine("action")
+        return self.shift(x[..., :len(scale)].double() * scale + offset, state, 1).float()
+
+    def normalize(self, actions, state=None):
+        """(B, H, 7) physical -> (B, H, A) model units, zero-padded after normalising."""
+        offset, scale = self.affine("action")
+        x = (self.shift(torch.as_tensor(actions).to(self.device).double(), state, -1) - offset) / scale
+        return F.pad(x, (0, self.action_dim - x.shape[-1])).float()
+
+    def state_bins(self, state):
+        """(B, n) physical state -> 256 bins of [-1, 1]; above 1: 255, below -1: -1, as the official prompt prints it."""
+        offset, scale = self.affine("state")
+        x = ((torch.as_tensor(state).to(self.device).double()[:, :len(scale)] - offset) / scale).cpu().numpy()
+        return np.digitize(x, np.linspace(-1, 1, 257)[:-1]) - 1
+
+    # -- observation -> prefix --
+
+    def encode_images(self, images, camera_mask=None):
+        """(B, [N,] H, W, 3) uint8 -> features (B, N, T, D) float32. A camera missing in the whole batch costs nothing."""
+        images = self.check(images)
+        images = images if images.ndim == 5 else images[:, None]                             # (B, N, H, W, 3)
+        present = images.new_ones(images.shape[1]).bool() if camera_mask is None else torch.as_tensor(
+            camera_mask).to(self.device).any(0)
+        flat = images[:, present].flatten(0, 1)                                              # (B N', H, W, 3)
+        if flat.shape[1:3] != (self.image_size, self.image_size):
+            style = self.settings["style"]
+            x = torch.from_numpy(resize_with_pad(flat.cpu().numpy(), self.image_size, style)).to(self.device)
+        else:
+            x = flat.float() / 255 * 2 - 1
+        with self.autocast():
+            out = self.vision_tower(x.permute(0, 3, 1, 2)).last_hidden_state.float()
+        features = out.new_zeros(*images.shape[:2], *out.shape[1:])
+        features[:, present] = out.unflatten(0, (len(images), -1))
+        return features
+
+    def prompt(self, instructions, state=None):
+        """-> ids, mask (B, L), right-padded to the longest prompt of the batch. BOS first, no EOS."""
+        bins = self.state_bins(state) if self.settings["discrete_state"] else None
+        rows = []
+        for i, text in enumerate(instructions):
+            text = text.strip().replace("_", " ").replace("\n", " ")
+            if bins is None:
+                row = self.encode(text) + self.encode("\n")      # two calls, as in openpi: the newline never merges
+            else:
+                row = self.encode(f"Task: {text}, State: {' '.join(map(str, bins[i]))};\nAction: ")
+            rows.append([2, *row][:self.config["max_token_len"]])                            # PaliGemma: <bos> = 2
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        return ids.to(self.device), mask.to(self.device)
+
+    def prefix(self, features, camera_mask, ids, mask):
+        """VLM pass -> hidden (B, P, D), keys/values of each layer, valid (B, P). P = cameras present * T + L.
+
+        Every token may look at every valid one. The suffix is not looked at, so this pass serves all denoising steps,
+        in training too. Padding and missing cameras take no position.
+        """
+        if camera_mask is None:
+            camera_mask = mask.new_ones(features.shape[:2])
+        present = camera_mask.any(0)
+        with self.autocast():
+            image = self.multi_modal_projector["linear"](features[:, present])               # (B, N', T, D)
+            text = self.language_model.embed_tokens(ids) * image.shape[-1] ** 0.5            # only the text is scaled
+            x = torch.cat([image.flatten(1, 2).to(text.dtype), text], 1)                     # (B, P, D)
+            valid = torch.cat([camera_mask[:, present].repeat_interleave(image.shape[2], 1), mask], 1)
+            hidden, kv = self.language_model(x, valid.cumsum(1) - 1, valid[:, None, None])
+        return hidden, kv, valid
+
+    def observe(self, images, instructions, state, camera_mask, actions=None, pad=None):
+        images = self.check(images, instructions, actions, pad)
+        needs = self.settings["discrete_state"] or self.settings["delta_mask"] is not None
+        if needs and (state is None or len(state) != len(images) or not np.isfinite(np.asarray(state)).all()):
+            raise ValueError(problem("state", None if state is None else np.shape(state), "(B, n), finite",
+                                     "state=obs['state'], or the stateless prompt (discrete_state=False)"))
+        if camera_mask is not None:
+            camera_mask = torch.as_tensor(camera_mask).to(self.device).bool()
+        features = images if images.is_floating_point() else self.encode_images(images, camera_mask)
+        return self.prefix(features, camera_mask, *self.prompt(instructions, state))
+
+    def pooled(self, hidden, valid):
+        """Mean of the valid prefix tokens, (B, D) float32."""
+        return (hidden.float() * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+
+    def prompt_hidden(self, images, instructions, state=None, camera_mask=None):
+        """What the value head reads: the pooled prefix (B, D)."""
+        hidden, _, valid = self.observe(images, instructions, state, camera_mask)
+        return self.pooled(hidden, valid)
+
+    # -- action expert --
+
+    def time_embedding(self, t):
+        """t (B, S) -> (B, S, W): sines, then cosines, of 2 pi t / p_i with p_i from 4e-3 to 4; angles in float64."""
+        half = self.time_mlp_in.in_features // 2
+        period = 4e-3 * 1000 ** (torch.arange(half, dtype=torch.float64, device=self.device) / (half - 1))
+        angle = 2 * math.pi * t[..., None].double() / period
+        e = torch.cat([angle.sin(), angle.cos()], -1).float()
+        with float32(e):
+            return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
+
+    def velocity(self, x, t, kv, valid):
+        """v(x_t, t) for S chunks of one observation at once: x (B, S, H, A), t (B, S) -> v (B, S, H, A), h (B, S, H, W).
+
+        Each chunk sees the valid prefix and itself, never another chunk. Sampling has S = 1; recomputing the log-prob
+        of a whole chain has S = all steps, which shares one read of the prefix and is cheaper than a loop.
+        """
+        (batch, chunks, horizon), device = x.shape[:3], x.device
+        own = torch.eye(chunks, dtype=torch.bool, device=device).repeat_interleave(horizon, 0).repeat_interleave(horizon, 1)
+        mask = torch.cat([valid[:, None].expand(-1, len(own), -1), own.expand(batch, -1, -1)], -1)[:, None]
+        positions = valid.sum(1, keepdim=True) + torch.arange(horizon, device=device).repeat(chunks)   # (B, S H)
+        cond = self.time_embedding(t)[:, :, None]                                            # (B, S, 1, W)
+        with float32(x):
+            x = self.action_in_proj(x)                                                       # (B, S, H, W)
+        with self.autocast():
+            hidden = self.gemma_expert(x, positions, mask, past=kv, cond=cond)[0].float()
+        with float32(x):
+            return self.action_out_proj(hidden), hidden
+
+    def transition(self, x, v, h, step):
+        """Gaussian of the next state, x' ~ N(mean, std), at noisy steps (B, S). d = 1/S, t = 1 - step d:
+
+        x_data = x - t v, x_noise = x + (1-t) v,  mean = (1-(t-d)) x_data + w x_noise
+        flow_noise  w = t - d                     std = s_phi(h), log-variance squashed into noise_std
+        flow_sde    w = t - d - sigma^2 d/(2t)    std = sigma sqrt(d),  sigma = a sqrt(t/(1-t)), with 1-t_1 for 1-t_0
+        """
+        d = 1 / self.settings["steps"]
+        t = (1 - step * d)[..., None, None].float()                                          # (B, S, 1, 1)
+        x_data, x_noise, weight = x - t * v, x + (1 - t) * v, t - d
+        if self.settings["sampler"] == "flow_noise":
+            low, high = (2 * math.log(s) for s in self.settings["noise_std"])
+            std = ((low + (high - low) * (self.noise_head(h).tanh() + 1) / 2) / 2).exp()
+        else:
+            sigma = self.settings["noise_level"] * (t / torch.where(step[..., None, None] == 0, d, 1 - t)).sqrt()
+            weight = weight - sigma ** 2 * d / (2 * t)
+            std = (sigma * d ** 0.5).expand_as(x)
+        return (1 - (t - d)) * x_data + weight * x_noise, std
+
+    def chain_logp(self, x, x_next, mean, std):
+        """log-prob of a chain (B,): the mean over its S + 1 factors N(x^0; 0, 1) and N(x^{i+1}; mean_i, std_i) when
+        every step is noisy (flow_noise), the one noisy step alone otherwise; each summed over executed steps x 7 dims."""
+        executed = (..., slice(self.settings["chunk"]), slice(ACTION_DIM))
+        steps = -0.5 * ((x_next - mean) / std) ** 2 - std.log() - 0.5 * LN2PI                # (B, S, H, A)
+        steps = steps[executed].sum((1, 2, 3))
+        if self.settings["sampler"] == "flow_sde":
+            return steps
+        start = (-0.5 * x[:, 0] ** 2 - 0.5 * LN2PI)[executed].sum((1, 2))
+        return (start + steps) / (x.shape[1] + 1)
+
+    # -- the contract --
+
+    @torch.no_grad()
+    def act(self, images, instructions, deterministic=False, generator=None, state=None, camera_mask=None):
+        """Denoise a chunk in S steps; deterministic: the plain ODE (still from random noise). Executes the first K."""
+        hidden, kv, valid = self.observe(images, instructions, state, camera_mask)
+        total, shape = self.settings["steps"], (len(valid), self.horizon, self.action_dim)
+        draw = lambda: torch.randn(shape, generator=generator, device=self.device)[:, None]  # (B, 1, H, A)
+        noisy = range(total)
+        if self.settings["sampler"] == "flow_sde":
+            noisy = torch.randint(total, (1,), generator=generator, device=self.device).tolist()
+        x, rows = draw(), []
+        for i in range(total):
+            step = torch.full((len(valid), 1), i, device=self.device)
+            v, h = self.velocity(x, 1 - step / total, kv, valid)
+            x_next = x - v / total
+            if i in noisy and not deterministic:
+                mean, std = self.transition(x, v, h, step)
+                x_next = mean + std * draw()
+                rows.append((x, x_next, step, mean, std))
+            x = x_next
+        empty = x.new_zeros(len(valid), 0, *shape[1:])
+        chain = [torch.cat(part, 1) for part in zip(*rows)] or [empty, empty, step[:, :0]]
+        logp = self.chain_logp(chain[0], chain[1], *chain[3:]) if rows else x.new_zeros(len(valid))
+        actions = self.unnormalize(x[:, 0], state)[:, :self.settings["chunk"]]
+        return Decision(actions, logp, self.value_head(self.pooled(hidden, valid))[:, 0],
+                        dict(x=chain[0], x_next=chain[1], step=chain[2]))
+
+    def evaluate(self, images, instructions, trace, state=None, camera_mask=None):
+        """log-prob of the stored chain under the current weights, one expert pass for all its noisy steps.
+
+        entropy: of flow_noise, mean over the S + 1 factors, executed steps and 7 dims, in nats; 0 for flow_sde.
+        """
+        hidden, kv, valid = self.observe(images, instructions, state, camera_mask)
+        x, step = trace["x"], trace["step"]                                                  # (B, S, H, A), (B, S)
+        value = self.value_head(self.pooled(hidden, valid))[:, 0]
+        if not x.shape[1]:                                       # a deterministic chunk: no density
+            return torch.zeros_like(value), torch.zeros_like(value), value
+        v, h = self.velocity(x, 1 - step / self.settings["steps"], kv, valid)
+        mean, std = self.transition(x, v, h, step)
+        logp = self.chain_logp(x, trace["x_next"], mean, std)
+        if self.settings["sampler"] == "flow_sde":
+            return logp, torch.zeros_like(logp), value
+        log_std = std[..., :self.settings["chunk"], :ACTION_DIM].log().mean((2, 3)).sum(1)   # (B,)
+        return logp, 0.5 * (LN2PI + 1) + log_std / (x.shape[1] + 1), value
+
+    def flow_loss(self, kv, valid, actions, noise, t):
+        """x_t = t noise + (1-t) actions, target u = noise - actions: (v(x_t, t) - u)^2 per element, (B, H, A)."""
+        x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
+        v = self.velocity(x_t[:, None], t[:, None], kv, valid)[0][:, 0]
+        return (v - (noise - actions)) ** 2
+
+    def bc_loss(self, images, instructions, actions, pad=None, generator=None, state=None, camera_mask=None):
+        """Flow matching, t ~ 0.001 + 0.999 Beta(1.5, 1); mean over the 7 real dims of the steps that are not padding."""
+        _, kv, valid = self.observe(images, instructions, state, camera_mask, actions, pad)
+        actions = self.normalize(actions, state)[:, :self.horizon]                           # (B, H, A)
+        noise = torch.randn(actions.shape, generator=generator, device=self.device)
+        t = 0.001 + 0.999 * torch.rand(len(actions), generator=generator, device=self.device) ** (1 / 1.5)
+        loss = self.flow_loss(kv, valid, actions, noise, t)[..., :ACTION_DIM].mean(-1)       # (B, H)
+        keep = torch.ones_like(loss) if pad is None else (~torch.as_tensor(pad).to(loss.device).bool()).float()
+        keep = keep[:, :self.horizon]
+        return (loss * keep).sum() / keep.sum().clamp(min=1)
+
+    def write_companions(self, folder):
+        write_json(folder / "config.json", self.config)
+        for name, stats in self.statistics.items():
+            write_json(folder / "assets" / name / "norm_stats.json", {"norm_stats": {
+                {"action": "actions"}.get(part, part): block for part, block in stats.items()}})
+
+    def read_statistics(self, folder):
+        """openpi and RLinf: <anywhere>/norm_stats.json. LeRobot: the normaliser files beside its processors."""
+        for file in sorted(folder.rglob("norm_stats.json")):
+            stats = read_json(file)["norm_stats"]
+            name = str(file.parent.relative_to(folder)).removeprefix("assets/")
+            self.statistics[name] = {"action": stats["actions"], **({"state": stats["state"]} if "state" in stats else {})}
+        modes = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}
+        mode = self.config.get("normalization_mapping", {}).get("ACTION", "QUANTILES")
+        flat = {}
+        for file in sorted(folder.glob("policy_p*normalizer_processor.safetensors")):
+            flat.update(read_safetensors(file))
+        if flat and not self.statistics:
+            pick = lambda feature: {key.rsplit(".", 1)[1]: value.tolist() for key, value in flat.items()
+                                    if key.rsplit(".", 1)[0] == feature}
+            self.statistics = {"lerobot": {"action": pick("action"), "state": pick("observation.state")}}
+        if mode not in modes:
+            raise ValueError(problem("normalization_mapping", mode, f"one of {list(modes)}", "another checkpoint"))
+        lerobot = "normalization_mapping" in self.config or "chunk_size" in self.config
+        self.settings["style"] = self.settings["style"] or ("lerobot" if lerobot else "openpi")
+        self.settings["norm"] = self.settings["norm"] or modes[mode]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+
+def read_json(path, default=None):
+    if default is not None and not Path(path).exists():
+        return default
+    return json.loads(Path(path).read_text())
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
+
+
+def read_safetensors(path):
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(problem(str(path), f"{type(error).__name__}: {error}", "a complete safetensors file",
+                                 "downloading it again")) from error
+
+
+def read_tensors(folder):
+    """All tensors of a checkpoint folder: the shards of an index, loose safetensors files, or RLinf's full_weights.pt."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = [folder / name for index in indices for name in sorted(set(read_json(index)["weight_map"].values()))]
+    files = files or [file for file in sorted(folder.glob("*.safetensors"))
+                      if not file.name.startswith(("policy_", "heads", "adapter_model"))]
+    if files:
+        return {key: tensor for file in files for key, tensor in read_safetensors(file).items()}
+    for file in ("model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"):
+        if (folder / file).exists():
+            return torch.load(folder / file, map_location="cpu", weights_only=True)
+    raise ValueError(problem(str(folder), "no weights", "*.safetensors", "downloading the checkpoint again"))
+
+
+def load_tensors(policy, tensors, folder):
+    """Strict, after mapping names: one error lists every missing, unexpected and misshapen tensor. Weights: float32."""
+    extra = ("value_head.", "noise_head.", "proprio_projector.", "action_head.")      # heads of other RL fine-tunes
+    tensors = {policy.internal_key(key): value for key, value in tensors.items()}
+    tied = tensors.get("lm_head.weight")
+    if isinstance(policy, Pi05):     # a stored embed_tokens is the live one; both lm_heads are never used
+        if tied is not None:
+            tensors.setdefault("language_model.embed_tokens.weight", tied)
+        extra += ("lm_head.", "gemma_expert.lm_head.")
+    own = {key: value for key, value in policy.state_dict().items() if not key.startswith(HEADS)}
+    tensors = {key: value for key, value in tensors.items()
+               if not key.startswith(extra) and not key.endswith("rotary_emb.inv_freq")}
+    bad = [f"missing {key}" for key in own if key not in tensors]
+    bad += [f"unexpected {key}" for key in tensors if key not in own]
+    bad += [f"misshapen {key}: {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own if key in tensors and tensors[key].shape != own[key].shape]
+    if bad:
+        raise ValueError(problem(f"weights in {folder}", f"{len(bad)} problems:\n  " + "\n  ".join(bad) + "\n",
+                                 "the tensors that config.json describes", "another config.json or checkpoint"))
+    policy.load_state_dict({key: tensors[key].float() for key in own}, strict=False, assign=True)
+
+
+@torch.no_grad()
+def init_weights(module, seed):
+    """N(0, 1/fan_in) matrices, zero biases, unit norms; output layers N(0, 0.02), so that losses start at their
+    theoretical value; adaRMS gates zero (openpi's start: the expert is the identity). Meta tensors become real."""
+    generator = torch.Generator().manual_seed(seed)
+    module.to_empty(device="cpu")
+    for name, p in module.named_parameters():
+        if name.endswith(".bias") or ".dense." in name:
+            nn.init.zeros_(p)
+        elif p.ndim == 1:
+            offset = name.startswith("language_model") and isinstance(module, Pi05)          # Gemma stores w - 1
+            nn.init.constant_(p, 0.0 if offset else 1.0)
+        else:
+            small = name.endswith(("lm_head.weight", "action_out_proj.weight", "pos_embed", "token", "latent"))
+            nn.init.normal_(p, std=0.02 if small else p[0].numel() ** -0.5, generator=generator)
+    init_heads(module, seed)
+
+
+@torch.no_grad()
+def init_heads(policy, seed):
+    """Hidden layers Kaiming fan-out, last layer of the value head N(0, 0.02), biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for head in [policy.value_head] + ([policy.noise_head] if isinstance(policy, Pi05) else []):
+        head.to_empty(device="cpu")
+        linears = [layer for layer in head if isinstance(layer, nn.Linear)]
+        for layer in linears:
+            std = 0.02 if layer is linears[-1] else (2 / layer.out_features) ** 0.5
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    if isinstance(policy, Pi05):     # transformers keeps SigLIP's position ids outside the state dict
+        table = policy.vision_tower.embeddings
+        table.position_ids = torch.arange(table.position_embedding.num_embeddings)[None]
+
+
+def find_folder(name):
+    """Bundled name, local folder, or hub id -> local folder."""
+    if name in BUNDLED:
+        if not BUNDLED[name].is_dir():
+            raise ValueError(problem(f"bundled policy {name!r}", f"no folder {BUNDLED[name]}", "its checkpoint",
+                                     f"make_tiny({name!r}).save({str(BUNDLED[name])!r}), then train it"))
+        return BUNDLED[name]
+    if Path(name).is_dir():
+        return Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
+        from huggingface_hub import snapshot_download
+        try:
+            return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack"]))
+        except Exception as error:
+            raise ValueError(problem(f"policy {name!r}", f"no such folder, and the hub says: {error}", "a folder or hub id",
+                                     f"one of {list(BUNDLED)}, or a downloaded folder")) from error
+    raise ValueError(problem(f"policy {name!r}", "nothing of that name", f"one of {list(BUNDLED)}, a folder or a hub id",
+                             "'openvla', 'openvla/openvla-7b' or a path"))
+
+
+def check_device(device, dtype):
+    device = torch.device(device)
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(problem("dtype", repr(dtype), "float32 or bfloat16", "dtype='float32'"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(problem("device", str(device), "a CUDA GPU that torch can see", "device='cpu'"))
+    has_bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.backends.mkldnn.is_available}.get(device.type, bool)
+    if dtype == "bfloat16" and not has_bf16():
+        raise ValueError(problem("dtype", f"bfloat16 on {device}", "a device with bfloat16", "dtype='float32'"))
+    return device
+
+
+def build(config, folder, settings):
+    kind = "openvla" if config.get("model_type") == "openvla" else config.get("type") or (
+        "pi05" if "action_horizon" in config or "paligemma_variant" in config else None)
+    if kind not in ("openvla", "pi05"):
+        raise ValueError(problem(f"{folder}/config.json", f"model_type {config.get('model_type')}, type {kind}",
+                                 "an OpenVLA or pi0.5 checkpoint", "model_type 'openvla' or type 'pi05'"))
+    with torch.device("meta"):
+        return (OpenVLA if kind == "openvla" else Pi05)(config, **settings)
+
+
+def load_policy(name, device="cpu", dtype="float32", adapter=None, merge=False, lora_rank=0, lora_alpha=None,
+                lora_targets=LORA_TARGETS, freeze="none", gradient_checkpointing=False, tokenizer=None, seed=0, **settings):
+    """A policy from a bundled name, a folder or a hub id.
+
+    dtype      "float32", or "bfloat16": autocast over float32 weights
+    adapter    PEFT folder to put on top (a `name` that is itself an adapter folder brings its base model along);
+               kept apart and trainable, or folded into the weights with merge=True
+    lora_rank  > 0: fresh adapters on lora_targets, base frozen (see add_lora)
+    freeze     "none" | "vision" | "vlm"
+    tokenizer  path of a tokenizer.json, for checkpoints that come without
+    settings   those of OpenVLA.SETTINGS or Pi05.SETTINGS; what was saved with the policy is the default
+    Raises ValueError: what, got, need, try.
+    """
+    device, folder = check_device(device, dtype), find_folder(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+        adapter, folder = folder, find_folder(folder / base if (folder / base).is_dir() else base)
+    if not (folder / "config.json").exists():
+        raise ValueError(problem(str(folder), sorted(f.name for f in folder.iterdir())[:8], "a config.json",
+                                 "the folder that holds the weights and config.json"))
+    saved = read_json(folder / "policy.json", {})
+    policy = build(read_json(folder / "config.json"), folder, {**saved.get("settings", {}), **settings})
+    load_tensors(policy, read_tensors(folder), folder)
+    init_heads(policy, seed)
+    if (folder / "heads.safetensors").exists():
+        policy.load_state_dict(read_safetensors(folder / "heads.safetensors"), strict=False)
+    policy.read_statistics(folder)
+    tokenizer = Path(tokenizer or folder / "tokenizer.json")
+    policy.tokenizer, policy.source = Tokenizer.from_file(str(tokenizer)) if tokenizer.exists() else None, str(folder)
+    if adapter or saved.get("lora"):
+        load_lora(policy, find_folder(adapter) if adapter else folder / "lora")
+    if merge:
+        merge_lora(policy)
+    if lora_rank:
+        add_lora(policy, lora_rank, lora_alpha, lora_targets, seed)
+    policy.freeze(freeze)
+    set_checkpointing(policy, gradient_checkpointing)
+    policy.bf16 = dtype == "bfloat16"
+    return policy.to(device).eval()          # there is no dropout; eval() says that act and update agree
+
+
+def set_checkpointing(policy, on):
+    """Recompute every block in the backward pass: memory for about a third more time."""
+    for module in policy.modules():
+        if hasattr(module, "checkpointing"):
+            module.checkpointing = on
+    if on and isinstance(policy, Pi05):
+        policy.vision_tower.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# ---- tiny policies -----------------------------------------------------------------------------------------------------------
+
+TINY_WORDS = """pick up the object on table and place it into white tray put plate bowl push cube to open close
+drawer red green blue yellow orange purple pink brown black gray a of in from left right top bottom middle block can
+banana carrot bottle cup box ball spoon mug sponge apple lemon pepper bread toy next goal target move grasp lift""".split()
+TINY = dict(
+    openvla=dict(
+        model_type="openvla", architectures=["OpenVLAForActionPrediction"], arch_specifier="no-align+fused-gelu-mlp",
+        image_resize_strategy="resize-naive", use_fused_vision_backbone=True, vision_backbone_id="dinosiglip-vit-so-224px",
+        image_sizes=[64, 64], timm_model_ids=list(TIMM), timm_override_act_layers=[None, None], n_action_bins=256,
+        llm_backbone_id="llama2-7b-pure", hf_llm_id="meta-llama/Llama-2-7b-hf", llm_max_length=2048,
+        pad_to_multiple_of=64, output_projector_states=False,
+        tiny_timm_kwargs=dict(featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16),
+                              fused_featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16, mlp_ratio=4.0)),
+        text_config=dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=4)),
+    pi05=dict(type="pi05", action_dim=8, action_horizon=8, max_token_len=200,
+              vision=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+                          image_size=64, patch_size=16),
+              vlm=dict(width=128, depth=3, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32),
+              expert=dict(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32)))
+
+
+def tiny_tokenizer(name):
+    """The structure of the official one, small: specials first, "▁" for a space, the fixed prompt text as two pieces,
+    common words, single characters for all others; for OpenVLA the last 256 ids are the actions."""
+    llama = name == "openvla"
+    special = ["<unk>", "<s>", "</s>"] if llama else ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces = ["▁", "▁In:▁What▁action▁should▁the▁robot▁take▁to", "?\nOut:", "\n", "Task:▁", ",▁State:▁", ";\nAction:▁"]
+    pieces += ["▁" + word for word in TINY_WORDS] + [chr(i) for i in range(33, 127)]
+    pieces += [chr(0xE000 + i) for i in range(256)] if llama else TINY_WORDS
+    pieces = special + list(dict.fromkeys(pieces))
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=special.index("<unk>")))
+    steps = [normalizers.Prepend("▁")] if llama else []          # Llama writes a space in front, Gemma does not
+    tokenizer.normalizer = normalizers.Sequence(steps + [normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def make_tiny(name, seed=0, **settings):
+    """A small policy with random weights and placeholder statistics, of the very classes that run the real ones."""
+    if name not in TINY:
+        raise ValueError(problem("make_tiny", repr(name), f"one of {list(TINY)}", "make_tiny('openvla')"))
+    config, tokenizer = json.loads(json.dumps(TINY[name])), tiny_tokenizer(name)
+    vocab = tokenizer.get_vocab_size()
+    if name == "openvla":
+        config["pad_token_id"] = config["text_config"]["pad_token_id"] = vocab
+        config["text_config"]["vocab_size"] = vocab + config["pad_to_multiple_of"]
+    else:
+        config["vocab_size"] = vocab
+    policy = build(config, name, settings)
+    init_weights(policy, seed)
+    policy.tokenizer, policy.source = tokenizer, f"make_tiny({name!r})"
+    policy.read_statistics(Path("/nonexistent"))
+    reach = np.array([0.05] * 3 + [0.25] * 3 + [1.0])            # m, rad, gripper: what a step may be, until data says more
+    policy.set_statistics("placeholder", {"action": {"q01": -reach, "q99": reach}})
+    return policy.eval()

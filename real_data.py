@@ -51,8 +51,10 @@ ACTION_DIM = len(ACTION_NAMES)
 VERSIONS = ("v2.0", "v2.1", "v3.0")          # v2.0 differs from v2.1 only in where it keeps statistics
 TIME_TOLERANCE = 1e-4                        # s between a row's time and its video frame; LeRobot's own limit
 MIN_RANGE = 1e-3                             # m or rad; q99 - q01 below this is noise, not motion
+VIDEO_CRF = 18                               # h264 quality: 0 lossless, 51 worst
 MAX_CAMERAS = 3                              # pi0.5 has three camera slots
 CHUNK_FILES = 1000                           # files per chunk folder, LeRobot's default
+CHUNK_PATH = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 CACHE_FORMAT = 1                             # raise it when the pixels in the cache would come out differently
 
 
@@ -335,7 +337,8 @@ def video_index(path):
     base, size, ticks = 1.0, None, []
     for line in text.splitlines():
         if line.startswith("#tb"):
-            base = float.fromhex("0x1") * int(line.split()[-1].split("/")[0]) / int(line.split("/")[-1])
+            ticks_per, per_second = line.split()[-1].split("/")
+            base = int(ticks_per) / int(per_second)                  # s per tick
         elif line.startswith("#dimensions"):
             size = tuple(int(side) for side in reversed(line.split()[-1].split("x")))
         elif line[:1].isdigit():
@@ -812,3 +815,317 @@ class DatasetWriter:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
         return self
+
+    def add_episode(self, images, states, actions, instruction, scene=None):
+        """images (T, H, W, 3) uint8; states (T, S), actions (T, A); scene: its episode number in the simulator."""
+        images, states, actions = np.asarray(images), np.asarray(states, np.float32), np.asarray(actions, np.float32)
+        wrong, length = Problems(), len(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not length or \
+                images.shape[1] % 2 or images.shape[2] % 2:          # yuv420p halves the colour resolution
+            wrong[f"images {images.dtype} {images.shape}, need uint8 (T >= 1, H, W, 3) with even H and W"]
+        if self.episodes and images.shape[1:] != self.size + (3,):
+            wrong[f"images of another size, {images.shape[1:3]} after {self.size}"]
+        for name, values, kept in (("states", states, self.states), ("actions", actions, self.actions)):
+            if values.ndim != 2 or len(values) != length or (kept and values.shape[1] != kept[0].shape[1]):
+                wrong[f"{name} {values.shape}, need ({length}, {kept[0].shape[1] if kept else 'D'})"]
+            elif not np.isfinite(values).all():
+                wrong[f"non-finite {name}"]
+        if not isinstance(instruction, str) or not instruction.strip():
+            wrong[f"instruction missing: {instruction!r}"]
+        wrong.stop(f"{self.folder}, episode {len(self.episodes)}")
+        self.size = images.shape[1:3]
+        row = dict(episode_index=len(self.episodes), tasks=[instruction], length=length, scene=scene)
+        task = self.tasks.setdefault(instruction, len(self.tasks))
+        self.write_rows(row, states, actions, task)
+        self.write_video(row, images)
+        self.episodes.append(row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
+        self.states.append(states)
+        self.actions.append(actions)
+        scaled = images.reshape(-1, 3) / 255.
+        self.pixels.append(np.stack([scaled.min(0), scaled.max(0), scaled.mean(0), (scaled ** 2).mean(0)]) )
+
+    def place(self, kind):
+        return dict(zip(("chunk_index", "file_index"), divmod(self.files[kind], CHUNK_FILES)))
+
+    def path(self, kind):
+        path = self.temporary / self.paths[kind].format(**self.place(kind))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_rows(self, row, states, actions, task):
+        """One row group of the current data file."""
+        length, number = len(actions), len(self.episodes)
+        columns = {"observation.state": list_column(states), "action": list_column(actions),
+                   "timestamp": pa.array((np.arange(length) / self.fps).astype(np.float32)),
+                   "frame_index": pa.array(np.arange(length)), "episode_index": pa.array(np.full(length, number)),
+                   "index": pa.array(self.rows + np.arange(length)), "task_index": pa.array(np.full(length, task))}
+        table = pa.table(columns)
+        self.table = self.table or pq.ParquetWriter(self.path("data"), table.schema)
+        self.table.write_table(table)
+        row.update({f"data/{key}": value for key, value in self.place("data").items()})
+        row.update(dataset_from_index=self.rows, dataset_to_index=self.rows + length)
+        self.rows += length
+        if self.path("data").stat().st_size >= self.limits["data"]:
+            self.end_file("data")
+
+    def write_video(self, row, images):
+        """Appends frames to the current mp4: h264, a key frame every 2 frames so that any frame is quick to reach."""
+        if self.video is None:
+            self.video = imageio_ffmpeg.write_frames(
+                str(self.path("video")), self.size[::-1], fps=self.fps, codec="libx264", quality=None, macro_block_size=1,
+                pix_fmt_out="yuv420p", output_params=["-g", "2", "-crf", str(VIDEO_CRF), "-threads", "1"])
+            self.video.send(None)
+        for image in images:
+            self.video.send(np.ascontiguousarray(image))
+        key = f"videos/{self.camera}/"
+        row.update({key + name: value for name, value in self.place("video").items()})
+        row[key + "from_timestamp"] = self.video_frames / self.fps
+        self.video_frames += len(images)
+        row[key + "to_timestamp"] = self.video_frames / self.fps
+        if self.path("video").stat().st_size >= self.limits["video"]:
+            self.end_file("video")
+
+    def end_file(self, kind):
+        if kind == "data" and self.table:
+            self.table, _ = None, self.table.close()
+        if kind == "video" and self.video:
+            self.video, _ = None, self.video.close()
+            self.video_frames = 0
+        self.files[kind] += 1
+
+    def __exit__(self, error, *_):
+        try:
+            self.end_file("data")
+            self.end_file("video")
+            if error is None:
+                self.write_meta()
+                os.replace(self.temporary, self.folder)
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)        # gone already if all went well
+
+    def write_meta(self):
+        if not self.episodes:
+            raise ValueError(f"{self.folder}: zero episodes, nothing was written")
+        meta = self.temporary / "meta"
+        (meta / "episodes/chunk-000").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet")
+        # LeRobot reads this file with pandas and wants the texts as its index; this metadata is what tells pandas.
+        column = dict(name="task", field_name="task", pandas_type="unicode", numpy_type="object", metadata=None)
+        pandas = dict(index_columns=["task"], column_indexes=[], pandas_version="2.2.0",
+                      columns=[column | dict(name="task_index", field_name="task_index", pandas_type="int64",
+                                             numpy_type="int64"), column])
+        table = pa.table(dict(task_index=pa.array(list(self.tasks.values())), task=pa.array(list(self.tasks))))
+        pq.write_table(table.replace_schema_metadata(dict(pandas=json.dumps(pandas))), meta / "tasks.parquet")
+        states, actions = np.concatenate(self.states), np.concatenate(self.actions)
+        stats = {"observation.state": statistics(states), "action": statistics(actions)}
+        weights = [row["length"] for row in self.episodes]
+        low, high, mean, square = np.stack(self.pixels, 1)           # each (E, 3), in [0, 1]
+        mean, square = np.average(mean, 0, weights), np.average(square, 0, weights)
+        stats[self.camera] = dict(min=low.min(0), max=high.max(0), mean=mean, std=np.sqrt(np.maximum(0, square - mean**2)))
+        stats[self.camera] = {name: value.reshape(3, 1, 1) for name, value in stats[self.camera].items()}
+        stats = {key: {name: value.tolist() for name, value in part.items()} | dict(count=[self.rows])
+                 for key, part in stats.items()}
+        (meta / "stats.json").write_text(json.dumps(stats, indent=1))
+        (meta / "info.json").write_text(json.dumps(self.info(states.shape[1], actions.shape[1]), indent=1))
+
+    def info(self, state_dim, action_dim):
+        height, width = self.size
+
+        def named(dim, names):
+            return dict(dtype="float32", shape=[dim], names=list(names) if dim == len(names) else None)
+        video = {"video.fps": self.fps, "video.codec": "h264", "video.pix_fmt": "yuv420p", "video.height": height,
+                 "video.width": width, "video.channels": 3, "video.is_depth_map": False, "has_audio": False}
+        features = {self.camera: dict(dtype="video", shape=[height, width, 3], names=["height", "width", "channels"],
+                                      info=video),
+                    "observation.state": named(state_dim, STATE_NAMES), "action": named(action_dim, ACTION_NAMES),
+                    "timestamp": dict(dtype="float32", shape=[1], names=None)}
+        features |= {key: dict(dtype="int64", shape=[1], names=None)
+                     for key in ("frame_index", "episode_index", "index", "task_index")}
+        return dict(codebase_version="v3.0", robot_type=self.robot_type, total_episodes=len(self.episodes),
+                    total_frames=self.rows, total_tasks=len(self.tasks), chunks_size=CHUNK_FILES,
+                    data_files_size_in_mb=self.limits["data"] // 2**20, fps=self.fps,
+                    video_files_size_in_mb=self.limits["video"] // 2**20, splits=dict(train=f"0:{len(self.episodes)}"),
+                    data_path=self.paths["data"],
+                    video_path=self.paths["video"].replace(self.camera, "{video_key}"), features=features)
+
+
+def list_column(values):
+    """(T, D) float32 -> T fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+# ------------------------------------------------------------------------------------- making demonstrations
+
+def record(pipe, worker, workers, num_envs, task, domain, seed, image_size, noise):
+    """Worker w of W sends what its demonstrator did in episodes w, w + W, ... in this order, until it is stopped."""
+    import envs
+    env = envs.VecEnv(task, domain, num_envs, seed, image_size=image_size, first_episode=worker, episode_stride=workers)
+    # The real robot's demonstrations come from an imperfect person, the simulated ones from a script (RL-Co, 4.1).
+    expert = envs.Expert(env, style="teleop" if domain == "real" else "expert", noise=noise)
+    obs, due, finished = env.reset(), worker, {}
+    steps = [[] for _ in range(num_envs)]
+    while True:
+        executed, label = expert.act()                               # (N, 7) each; only the label is recorded
+        for i in range(num_envs):
+            steps[i].append((obs["images"][i].copy(), obs["state"][i].copy(), label[i].copy()))
+        texts = obs["instructions"]
+        obs, _, terminated, truncated, info = env.step(executed[:, None])
+        for i in np.flatnonzero(terminated | truncated):
+            images, states, actions = (np.stack(part) for part in zip(*steps[i]))
+            finished[int(info["episode"][i])] = (bool(info["success"][i]), images, states, actions, texts[i])
+            steps[i] = []
+        while due in finished:
+            pipe.send(finished.pop(due))                             # waits while the writer is busy
+            due += workers
+
+
+def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64, noise=.005):
+    """Records `episodes` successful demonstrations per task in envs.py and writes them as LeRobot v3.0.
+
+    task, domain   as in envs.VecEnv; task "all": each of the four, `episodes` of each
+    workers        processes; 0: one per core. The data do not depend on it: it is always the first successes in the
+                   order of the episode numbers of `seed`.
+    noise          m, of the actions executed by the expert (labels stay clean); `real` has its tele-operator instead
+    Returns {task: success rate of the demonstrator}.
+    """
+    import envs
+    workers = min(workers or os.cpu_count(), episodes)
+    context = multiprocessing.get_context("spawn")                   # OpenGL contexts do not survive a fork
+    rates = {}
+    with DatasetWriter(out, fps=5) as writer:
+        for name in envs.TASKS if task == "all" else [task]:
+            pipes, processes = [], []
+            for worker in range(workers):
+                receiver, sender = context.Pipe(duplex=False)
+                processes.append(context.Process(target=record, daemon=True, args=(
+                    sender, worker, workers, min(8, -(-episodes // workers)), name, domain, seed, image_size,
+                    0. if domain == "real" else noise)))
+                processes[-1].start()
+                sender.close()                                       # so that a dead worker ends the pipe
+                pipes.append(receiver)
+            try:
+                rates[name] = write_successes(writer, pipes, episodes, f"{name} ({domain})")
+            finally:
+                for process in processes:
+                    process.kill()
+    return rates
+
+
+def write_successes(writer, pipes, episodes, label):
+    """Takes episodes in the order of their numbers until enough of them succeeded. Returns the success rate."""
+    successes, limit = 0, 20 + 10 * episodes
+    with tqdm(total=episodes, desc=label, unit="episode") as bar:
+        for number in range(limit):
+            try:
+                success, images, states, actions, text = pipes[number % len(pipes)].recv()
+            except EOFError:
+                raise RuntimeError(f"{label}: a recording process died; its own message stands above") from None
+            if success:
+                writer.add_episode(images, states, actions, text, scene=number)
+                successes += 1
+                bar.update()
+            if successes == episodes:
+                return successes / (number + 1)
+    raise ValueError(f"{label}: only {successes} of {limit} demonstrations succeeded, need {episodes}; nothing was written")
+
+
+# ------------------------------------------------------------------------------------- data set card
+
+def contact_sheet(recording, path, side=6):
+    """PNG of up to side x side frames of the first camera: one row an episode, time runs to the right."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    chosen = [recording.episodes[e] for e in np.unique(np.linspace(0, len(recording.episodes) - 1, side).astype(int))]
+    part = dataclasses.replace(recording, episodes=chosen, cameras=recording.cameras[:1])
+    wanted, row = {}, 0
+    for e, episode in enumerate(chosen):
+        wanted |= {row + t: (e, c) for c, t in enumerate(np.linspace(0, episode.length - 1, side).astype(int))}
+        row += episode.length
+    figure, axes = pyplot.subplots(len(chosen), side, figsize=(2 * side, 2.1 * len(chosen)), squeeze=False)
+    for job in plan_frames(part):
+        keep = np.isin(job.rows, list(wanted))
+        job.numbers, job.rows = job.numbers[keep], job.rows[keep]
+        for k, image in decode(job, part.info):
+            axes[wanted[job.rows[k]]].imshow(image)
+    for ax in axes.flat:
+        ax.axis("off")
+    for episode, ax in zip(chosen, axes[:, 0]):
+        ax.set_title(f"{episode.index}: {episode.instructions[0]}", fontsize=8, loc="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def card(recording, sheet):
+    """Prints what a data set holds and writes the contact sheet. Raises ValueError that lists what is wrong with it."""
+    info, parts = recording.info, recording.episodes
+    lengths = [part.length for part in parts]
+    print(f"{recording.folder}: LeRobot {info['codebase_version']}, robot {info.get('robot_type')}, {info['fps']} fps\n"
+          f"{len(parts)} episodes, {sum(lengths)} frames = {sum(lengths) / info['fps'] / 60:.1f} minutes; "
+          f"episode length {min(lengths)}-{max(lengths)}, mean {np.mean(lengths):.1f} frames")
+    for name, feature in info["features"].items():
+        if feature["dtype"] in ("image", "video"):
+            codec = (feature.get("info") or {}).get("video.codec", "png")
+            print(f"camera  {name}: {declared_size(info, name)} {feature['dtype']} {codec}"
+                  + (" (used)" if name in recording.cameras else ""))
+    plan_frames(recording)                                           # are all videos and frames there?
+    recording.problems.stop(recording.folder)
+    for text, count in collections.Counter(part.instructions[0] for part in parts).most_common():
+        print(f"task    {count:5d} episodes  {text!r}")
+    actions = np.concatenate([part.actions for part in parts])
+    stats = action_statistics(actions)
+    print(f"\n{recording.action_key:12s}" + "".join(f"{key:>10s}" for key in ("min", "q01", "mean", "q99", "max", "std"))
+          + "   outside q01..q99")
+    for d in range(actions.shape[1]):
+        outside = ((actions[:, d] < stats["q01"][d]) | (actions[:, d] > stats["q99"][d])).mean()
+        label = ACTION_NAMES[d] if actions.shape[1] == ACTION_DIM else f"[{d}]"
+        print(f"  {label:10s}" + "".join(f"{stats[key][d]:10.4f}" for key in ("min", "q01", "mean", "q99", "max", "std"))
+              + f"   {outside:8.2%}")
+    stored = recording.folder / "meta/stats.json"
+    if stored.exists():
+        stored = read_json(stored).get(recording.action_key, {})
+        off = [key for key in ("min", "max", "mean", "std") if key in stored
+               and not np.allclose(stored[key], stats[key], rtol=1e-3, atol=1e-5)]
+        print(f"meta/stats.json {'disagrees on ' + ', '.join(off) if off else 'agrees with the data'}")
+    contact_sheet(recording, sheet)
+    print(f"contact sheet: {sheet}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("path", nargs="?", help="data set to describe: a LeRobot folder or a hub id owner/name")
+    add("--camera", nargs="+", help="image features, or their last parts; default: the first not on the wrist")
+    add("--action-key", help="name of the action feature; default: action or actions")
+    add("--state-key", help="name of the state feature; default: observation.state or state")
+    add("--task-key", help="text column with the instruction; default: LeRobot's task_index")
+    add("--sheet", default="card.png", help="where the contact sheet goes (PNG)")
+    add("--make", action="store_true", help="record demonstrations instead, into --out")
+    add("--task", default="open-drawer", help="pick-place, push-cube, open-drawer, close-drawer or all")
+    add("--domain", default="sim", help="sim (scripted expert) or real (stand-in; imperfect tele-operator)")
+    add("--episodes", type=int, default=50, help="successful demonstrations per task, 1 or more")
+    add("--out", help="folder of the new data set; must not exist yet")
+    add("--seed", type=int, default=0, help="which scenes and which mistakes, 0 or more")
+    add("--image-size", type=int, default=64, help="side of the square frames, even number of pixels")
+    add("--noise", type=float, default=.005, help="m, disturbs the expert's actions, not its labels; 0 = none")
+    add("--workers", type=int, default=0, help="processes; 0 = one per core")
+    args = parser.parse_args()
+    try:
+        if args.make:
+            if args.out is None or args.episodes < 1 or args.image_size % 2:
+                raise ValueError("--make needs --out, --episodes of 1 or more and an even --image-size")
+            rates = make_demos(args.task, args.domain, args.episodes, args.out, args.seed, args.workers,
+                               args.image_size, args.noise)
+            print("demonstrator's success rate: " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items()))
+            args.path = args.out
+        if args.path is None:
+            parser.error("give the path of a data set, or --make")
+        card(read_lerobot(args.path, args.camera, args.action_key, args.state_key, args.task_key), args.sheet)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
