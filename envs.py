@@ -2,34 +2,35 @@
 
     env = VecEnv("pick-place", domain="sim", num_envs=32, seed=0, image_size=64)
     obs = env.reset()
-    obs, reward, terminated, truncated, info = env.step(actions)          # actions (N, K, 7), K steps of 0.2 s
+    obs, reward, terminated, truncated, info = env.step(actions)          # actions (N, K, 7): K steps of 0.2 s
 
 Tasks    pick-place   put the object into the dish              push-cube     push the cube of the named colour
          open-drawer  pull the drawer out                       close-drawer  push it in          all  a mixture
-Domains  sim          the digital twin that a policy may practise in as long as it likes
-         real         the STAND-IN for a real robot: other looks, dynamics and objects; nothing here is a real robot
-         pretrain     wide randomisation; no texture, camera or colour in common with the other two
-Files    this one only: mujoco + numpy (imageio for videos). Copy it away with these two packages.
+Domains  sim          the digital twin, in which a policy may practise for as long as it likes
+         real         the STAND-IN for a real robot: other looks, dynamics and objects; no robot is behind it
+         pretrain     wide randomisation; shares no texture, camera or colour with the other two
+Needs    mujoco and numpy (imageio to run it as a demo, `python envs.py`); this file can be copied away alone
 
-Conventions, the same everywhere in this file
-    frame      robot base: x forward, y left, z up, metres, radians; the table top is z = 0
-    action     dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 close, +1 open]; the delta is
-               added to the previous TARGET pose, so tracking errors do not accumulate; rotations are about the base
-               axes through the tool centre point (TCP), R <- Rz(dyaw) Ry(dpitch) Rx(droll) R
-    image      (H, W, 3) uint8 RGB, top row first, third-person camera
-    state      (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0
-    time       5 Hz control, 5 ms physics; one episode = HORIZON[task] control steps at most
-    arrays     N environments, K actions a chunk
+Conventions
+    frame    robot base: x forward, y left, z up; metres, radians; the table top is z = 0
+    action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 close, +1 open]. The delta is added
+             to the previous TARGET pose, so tracking errors do not accumulate; rotations are about the base axes
+             through the tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R
+    image    (H, W, 3) uint8 RGB, top row first, one third-person camera
+    state    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0
+    arrays   N environments, K actions a chunk; 5 Hz control, 5 ms physics
 An episode is a function of (seed, domain, episode number): the same scene whatever the number of environments or
-processes. Environment i of a process starts with episode first_episode + i * episode_stride.
+processes. Environment i starts with episode first_episode + i * episode_stride; each reset takes the next free one.
 """
 import argparse
 import collections
 import ctypes.util
 import dataclasses
+import multiprocessing
 import os
 import sys
 import time
+import types
 import warnings
 
 
@@ -50,380 +51,272 @@ import mujoco                                         # noqa: E402  (after the c
 import numpy as np                                    # noqa: E402
 from mujoco.batch import Batch, SimulationError       # noqa: E402
 
-# ---------------------------------------------------------------------------------------------- constants
+# ----------------------------------------------------------------------------------------------- tasks
 
-TASKS = ("pick-place", "push-cube", "open-drawer", "close-drawer")
-DOMAINS = ("sim", "real", "pretrain")
-VARIANTS = ("seen", "unseen-objects", "unseen-states")
-SCENE_OF = {"pick-place": "pick", "push-cube": "push", "open-drawer": "drawer", "close-drawer": "drawer"}
-HORIZON = {"pick-place": 80, "push-cube": 40, "open-drawer": 40, "close-drawer": 40}     # control steps of 0.2 s
-INSTRUCTION = {"pick-place": "put the object into the dish", "push-cube": "push the {colour} cube forward",
-               "open-drawer": "open the drawer", "close-drawer": "close the drawer"}
-PARAPHRASES = {
-    "pick-place": ("pick up the thing and drop it in the dish", "move the item into the dish",
-                   "place the toy in the round dish", "grab the object and put it on the plate",
-                   "the object belongs in the bowl"),
-    "push-cube": ("move the {colour} block away from the robot", "shove the {colour} cube to the front",
-                  "push the {colour} block", "slide the {colour} cube forward", "the {colour} one goes forward"),
-    "open-drawer": ("pull the drawer open", "pull out the drawer", "slide the drawer out",
-                    "get the drawer open", "the drawer should be open"),
-    "close-drawer": ("push the drawer shut", "push in the drawer", "slide the drawer in",
-                     "shut the drawer", "the drawer should be closed")}
+Task = collections.namedtuple("Task", "scene horizon instruction paraphrases")      # horizon in control steps of 0.2 s
+TASKS = {
+    "pick-place": Task("pick", 80, "put the object into the dish", [
+        "pick up the thing and drop it in the dish", "move the item into the dish", "place the toy in the round dish",
+        "grab the object and put it on the plate", "the object belongs in the bowl"]),
+    "push-cube": Task("push", 40, "push the {colour} cube forward", [
+        "move the {colour} block away from the robot", "shove the {colour} cube to the front",
+        "push the {colour} block", "slide the {colour} cube forward", "the {colour} one goes forward"]),
+    "open-drawer": Task("drawer", 40, "open the drawer", [
+        "pull the drawer open", "pull out the drawer", "slide the drawer out", "the drawer should be open"]),
+    "close-drawer": Task("drawer", 40, "close the drawer", [
+        "push the drawer shut", "push in the drawer", "slide the drawer in", "the drawer should be closed"])}
+DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
+REWARDS, REWARD_TERMS = ("events", "dense"), ("reach", "touch", "progress", "success")
 
-PHYSICS_DT = 0.005        # s; 10 ms makes the grasp fail
-BLOCK_STEPS = 5           # physics steps during which the joint set-points are held: 25 ms
-BLOCKS = 8                # blocks a control step: 8 * 25 ms = 0.2 s = 5 Hz
-ACTION_LIMIT = np.array([.05, .05, .05, .3, .3, .3, 1.])       # m, rad, gripper; beyond it actions are clipped
-WORKSPACE = np.array([[.30, -.36, .012], [.68, .36, .50]])     # m; the target pose stays inside
-HOME = np.array([0, .259, 0, -2.289, 0, 2.515, np.pi / 4])     # rad; TCP at (.524, 0, .131) pointing down
-FINGER_OPEN, FINGER_CLOSED = .04, -.01   # m per finger; a negative set-point squeezes thin objects
-GRASP_FORCE = .5          # N on both pads: the object counts as grasped
-PICK_RADIUS = .05         # m between the axes of object and dish at success
-PICK_HEIGHT = .025        # m that the object's underside may be above the dish's floor
-PICK_START = .115         # m; the object starts at least this far from the dish's axis
-PICK_CLEAR = .045         # m between TCP and object: it was let go
-PUSH_DISTANCE = .10       # m that the named cube must move forward (+x)
-PUSH_WRONG = .03          # m that another cube may move before the episode counts as failed
-OPEN_DISTANCE = .15       # m of drawer travel
-CLOSE_DISTANCE = .02      # m of drawer travel left
-REWARD_TOUCH, REWARD_SUCCESS, REWARD_LOST = .2, 1., -.4        # latched events, each at most once an episode
-UNSEEN_BAND = .04         # m around the usual start area in which `unseen-states` starts
-CUBE_Y = (-.12, 0., .12)  # m; the lanes of the three cubes
+PHYSICS_DT, BLOCK_STEPS, BLOCKS = .005, 5, 8     # s; 8 blocks of 25 ms with fixed set-points = 0.2 s = a control step
+ACTION_LIMIT = np.array([.05, .05, .05, .3, .3, .3, 1.])       # m, rad, gripper; actions beyond it are clipped
+WORKSPACE = np.array([[.30, -.36, .012], [.68, .36, .50]])     # m; the target position stays inside
+HOME = np.array([0, .259, 0, -2.289, 0, 2.515, np.pi / 4])     # rad; TCP at (.525, 0, .132), pointing down
+FINGER_OPEN, FINGER_CLOSED = .04, -.01           # m a finger; a negative set-point squeezes thin objects
+GRASP_FORCE = .5                                 # N on both pads: the object counts as grasped
+PICK_RADIUS, PICK_HEIGHT, PICK_CLEAR = .05, .025, .045         # m at success: object - dish across, up; object - TCP
+PUSH_DISTANCE, PUSH_WRONG = .10, .03             # m that the named cube must move, and that no other cube may move
+OPEN_DISTANCE, CLOSE_DISTANCE = .15, .02         # m of drawer travel at success
+REWARD_TOUCH, REWARD_SUCCESS, REWARD_LOST = .2, 1., -.4        # events, each at most once an episode
+START = {"object": np.array([[.42, .04], [.53, .14]]), "dish": np.array([[.42, -.16], [.53, -.07]]),     # [low, high]
+         "cube": np.array([[.42, -.015], [.46, .015]]), "cabinet": np.array([[.44, -.32], [.52, -.27]])}  # of x y, m
+START_APART, START_TURN, START_OPEN = .115, .5, (.14, .19)     # m object - dish; rad of yaw; m of drawer before closing
+UNSEEN_BAND = .04                                # m; `unseen-states` starts in the band of this width around START
+CUBE_LANES, CUBE_HALF = (-.12, 0., .12), .028    # m
 
-# ---------------------------------------------------------------------------------------------- what differs between domains
-# Every (low, high) is drawn uniformly once an episode; equal ends are a constant. A tuple of colours is chosen from.
+# ----------------------------------------------------------------------------------------------- the three domains
 
-TEXTURES = ("wood", "slate", "dots", "tiles", "stripes", "plain")    # see ASSETS; of the table
+PAPERS = [(.85, .85, .80), (.30, .30, .36), (.70, .30, .25), (.25, .35, .60), (.75, .70, .35), (.50, .25, .45)]
+PAINTS = [(.10, .75, .80), (.80, .10, .70), (.60, .90, .10), (.05, .10, .40), (.98, .92, .80), (.45, .50, .10)]
+SIM_CUBES = (("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
+             ("green", (.10, .65, .25)), ("orange", (.95, .45, .05)))
+REAL_CUBES = (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62)))
+PRETRAIN_CUBES = (("cyan", (.10, .78, .85)), ("magenta", (.82, .10, .72)), ("lime", (.62, .93, .10)),
+                  ("navy", (.05, .08, .38)), ("grey", (.50, .50, .52)), ("maroon", (.45, .04, .14)))
+UNSEEN_CUBES = ((("white", (.95, .95, .95)), ("black", (.08, .08, .08)), ("brown", (.40, .22, .10))),      # of sim
+                (("orange", (.90, .42, .15)), ("green", (.45, .75, .40)), ("red", (.75, .12, .12))))       # of real
+UNSEEN_OBJECTS = dict(shape=["pot", "cross", "dumbbell", "house"], cabinet=(.42, .56, .74), handle=(.75, .12, .10),
+                      handle_scale=.75)
 
-
-@dataclasses.dataclass(frozen=True)
-class Visual:
-    """How a domain looks: surroundings, light, camera and the camera's image processing."""
-    textures: tuple = ("wood",)                              # of the table
-    table: tuple = ((.62, .47, .36),)                        # RGB 0-1
-    wall: tuple = ((.72, .72, .72),)
-    robot: tuple = ((.95, .95, .95),)
-    clutter: float = 0.                                      # probability of boxes and a cloth in the background
-    ambient: tuple = (.45, .45)                              # light, fraction of full white
-    diffuse: tuple = (.55, .55)
-    light_side: tuple = (0., 0.)                             # 0 = straight down, 1 = 45 degrees from +y
-    shadow: tuple = (0., 0.)                                 # opacity of the blob shadows
-    camera_azimuth: tuple = (22., 22.)                       # deg from +x, about LOOK_AT
-    camera_elevation: tuple = (39., 39.)                     # deg above the table
-    camera_distance: tuple = (.90, .90)                      # m
-    camera_fovy: tuple = (29.5, 29.5)                        # deg
-    look_at_shift: tuple = (0., 0.)                          # m, on each axis
-    gain: tuple = (1., 1.)                                   # image brightness factor
-    tint: tuple = (0., 0.)                                   # + warm: red up, blue down
-    gamma: tuple = (1., 1.)
-    noise: int = 0                                           # sigma of the sensor noise, of 255
-    blur: bool = False                                       # 3x3 binomial
-    stale: float = 0.                                        # probability that the camera repeats its last frame
-
-
-@dataclasses.dataclass(frozen=True)
-class Dynamics:
-    """How a domain moves: servo, tracking, delay, masses, friction."""
-    servo_stiffness: tuple = (1., 1.)                        # factor on the joint gains
-    servo_damping: tuple = (.05, .05)                        # s; kv / kp
-    action_scale: tuple = (1., 1.)                           # executed / commanded displacement
-    latency: tuple = (0., 0.)                                # s between command and motion
-    gripper_damping: tuple = (100., 100.)                    # N s/m; larger = slower fingers
-    gripper_force: tuple = (40., 40.)                        # N
-    object_mass: tuple = (.05, .05)                          # kg
-    object_friction: tuple = (1., 1.)
-    drawer_friction: tuple = (1., 1.)                        # N
-    drawer_damping: tuple = (5., 5.)                         # N s/m
-    start_joints: float = .02                                # rad; the arm starts within +- this
-    start_tcp: float = 0.                                    # m; and its tool within +- this on each axis
-
-
-@dataclasses.dataclass(frozen=True)
-class Objects:
-    """What lies on the table."""
-    shapes: tuple = ("cube", "brick", "can", "ball", "egg", "carrot", "mushroom", "bottle")
-    unseen_shapes: tuple = ("pot", "cross", "dumbbell", "house")
-    colours: tuple = ((.90, .45, .10), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75))    # of the object
-    accents: tuple = ((.20, .55, .15), (.95, .90, .75))      # of its second part
-    scale: tuple = (1., 1.)                                  # object size factor
-    dish: tuple = ((.62, .80, .20),)
-    dish_wall: tuple = (.006, .006)                          # m; plate .006, bowl .016
-    cubes: tuple = (("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
-                    ("green", (.10, .65, .25)), ("orange", (.95, .45, .05)))
-    unseen_cubes: tuple = (("white", (.95, .95, .95)), ("black", (.08, .08, .08)), ("brown", (.40, .22, .10)))
-    cabinet: tuple = ((.93, .93, .90),)
-    handle: tuple = ((.08, .08, .08),)
-    handle_scale: tuple = (1., 1.)                           # size factor of the handle plate
-    stroke: tuple = (.20, .20)                               # m of drawer travel
+# The gap between the domains. One row a parameter: (sim, real, pretrain). A tuple (low, high) is drawn uniformly and a
+# list is chosen from, once an episode; anything else is fixed. `real` is one laboratory: fixed offsets, small jitter.
+PARAMETERS = {
+    "visual": dict(
+        texture=("wood", "slate", ["dots", "tiles", "crosses", "plain"]),           # of the table, see scene_xml
+        table=((.62, .47, .36), (.10, .42, .40), PAPERS),                           # colours are RGB in 0-1
+        wall=((.72, .72, .72), (.16, .16, .19), [(.95, .90, .80), (.40, .45, .55), (.55, .40, .35), (.30, .42, .30)]),
+        robot=((.95, .95, .95), (.88, .87, .82), [(1., 1., 1.), (.80, .82, .86), (.93, .90, .80), (.70, .70, .70)]),
+        clutter=(False, True, [False, True]),                                       # boxes and a cloth around
+        ambient=(.45, (.30, .36), (.20, .60)), diffuse=(.55, (.55, .70), (.35, .80)),   # light, of full white
+        light_side=(0., (.6, .8), (-1., 1.)), shadow=(0., (.25, .35), (0., .45)),   # 0 = from above; opacity
+        camera_azimuth=(22., (24.5, 25.5), [(2., 18.), (29., 44.)]),                # deg from +x, about LOOK_AT
+        camera_elevation=(39., (36.5, 37.5), (30., 46.)),                           # deg above the table
+        camera_distance=(.90, (.92, .93), (.84, 1.05)),                             # m
+        camera_fovy=(29.5, (30.5, 31.), (28., 33.)),                                # deg
+        camera_shift=(0., (.008, .012), (-.02, .02)),                               # m, of LOOK_AT on each axis
+        gain=(1., (.85, 1.15), (.75, 1.25)), gamma=(1., (.9, 1.1), (.8, 1.25)),     # tone curve of the camera
+        tint=(0., (-.08, .08), (-.12, .12)),                                        # + warm: red up, blue down
+        noise=(0, 4, [0, 3]), blur=(False, True, False), stale=(0., .1, 0.)),       # sigma of 255; P(last frame again)
+    "dynamics": dict(
+        servo_stiffness=(1., (.45, .55), (.6, 1.2)), servo_damping=(.05, .08, .05),     # x SERVO_KP; kv / kp [s]
+        action_scale=(1., (.87, .93), (.9, 1.1)),                                   # executed / commanded delta
+        latency=(0., (.025, .075), (0., .05)),                                      # s from command to motion
+        gripper_damping=(100., 150., 100.), gripper_force=(40., 25., 40.),          # N s/m, N
+        mass=(.05, (.10, .14), (.04, .15)), friction=(1., (.6, .7), (.7, 1.2)),     # kg; loose bodies, cubes 0.6 x
+        drawer_friction=(1., (2.5, 5.), (1., 4.)), drawer_damping=(5., (12., 25.), (4., 20.)),      # N, N s/m
+        start_joints=(.02, .05, .05), start_tcp=(0., .02, .03)),                    # rad, m; the arm starts +- this
+    "objects": dict(
+        shape=(["cube", "brick", "can", "ball", "egg", "carrot", "mushroom", "bottle"],
+               ["cube", "can", "ball", "carrot", "pear", "corn", "eggplant", "sponge"],
+               ["block", "drum", "pill", "lens", "tee", "stack"]),
+        colour=([(.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)],
+                [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)], PAINTS),
+        accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)],
+                [(.02, .02, .02), (.30, .70, .65)]),
+        scale=(1., (.95, 1.05), (.9, 1.15)), dish_wall=(.006, (.014, .016), (.005, .017)),  # x size; m: a plate, a bowl
+        dish=((.62, .80, .20), (.92, .93, .95), [(.20, .20, .70), (.90, .30, .30), (.15, .45, .40), (.95, .85, .62)]),
+        cubes=(SIM_CUBES, REAL_CUBES, PRETRAIN_CUBES),
+        cabinet=((.93, .93, .90), (.85, .88, .92), [(.60, .45, .30), (.35, .40, .50), (.75, .65, .75)]),
+        handle=((.08, .08, .08), (.16, .14, .13), [(.85, .75, .20), (.75, .75, .78), (.70, .15, .15), (.20, .25, .60)]),
+        handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)))}  # x plate size; m of drawer travel
+LOOK_AT = np.array([.45, -.045, .08])   # m; every camera orbits it and faces the robot from its front left: in the
+#                                         published view, from behind, the hand hides what it pushes
 
 
 @dataclasses.dataclass(frozen=True)
-class Domain:
-    visual: Visual = Visual()
-    dynamics: Dynamics = Dynamics()
-    objects: Objects = Objects()
+class Gap:
+    """Which parts of `real` differ from `sim`; switch a part off to see what it costs."""
+    visual: bool = True
+    dynamics: bool = True
+    objects: bool = True
 
 
-SIM = Domain()
-REAL = Domain(
-    Visual(textures=("slate",), table=((.10, .42, .40),), wall=((.16, .16, .19),), robot=((.88, .87, .82),),
-           clutter=1., ambient=(.30, .36), diffuse=(.55, .70), light_side=(.6, .8), shadow=(.25, .35),
-           camera_azimuth=(24.5, 25.5), camera_elevation=(36.5, 37.5), camera_distance=(.920, .930),
-           camera_fovy=(30.5, 31.), look_at_shift=(.008, .012), gain=(.85, 1.15), tint=(-.08, .08),
-           gamma=(.9, 1.1), noise=4, blur=True, stale=.1),
-    Dynamics(servo_stiffness=(.45, .55), servo_damping=(.08, .08), action_scale=(.87, .93), latency=(.025, .075),
-             gripper_damping=(150., 150.), gripper_force=(25., 25.), object_mass=(.10, .14),
-             object_friction=(.6, .7), drawer_friction=(2.5, 5.), drawer_damping=(12., 25.),
-             start_joints=.05, start_tcp=.02),
-    Objects(shapes=("cube", "can", "ball", "carrot", "pear", "corn", "eggplant", "sponge"),
-            colours=((.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)),
-            accents=((.35, .65, .25), (.90, .90, .60)), scale=(.95, 1.05), dish=((.92, .93, .95),),
-            dish_wall=(.014, .016),
-            cubes=(("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62))),
-            unseen_cubes=(("orange", (.90, .42, .15)), ("green", (.45, .75, .40)), ("red", (.75, .12, .12))),
-            cabinet=((.85, .88, .92),), handle=((.16, .14, .13),), handle_scale=(.9, .9), stroke=(.19, .21)))
-PRETRAIN = Domain(
-    Visual(textures=("dots", "tiles", "crosses", "plain"),
-           table=((.85, .85, .80), (.30, .30, .36), (.70, .30, .25), (.25, .35, .60), (.75, .70, .35),
-                  (.50, .25, .45), (.40, .55, .35), (.15, .15, .15)),
-           wall=((.95, .90, .80), (.40, .45, .55), (.55, .40, .35), (.30, .42, .30), (.85, .75, .85)),
-           robot=((1., 1., 1.), (.80, .82, .86), (.93, .90, .80), (.70, .70, .70)), clutter=.5,
-           ambient=(.20, .60), diffuse=(.35, .80), light_side=(-1., 1.), shadow=(0., .5),
-           camera_azimuth=(2., 42.), camera_elevation=(30., 46.), camera_distance=(.84, 1.05),
-           camera_fovy=(28., 33.), look_at_shift=(-.02, .02), gain=(.75, 1.25), tint=(-.12, .12),
-           gamma=(.8, 1.25), noise=3),
-    Dynamics(servo_stiffness=(.6, 1.2), action_scale=(.9, 1.1), latency=(0., .05), object_mass=(.04, .15),
-             object_friction=(.7, 1.2), drawer_friction=(1., 4.), drawer_damping=(4., 20.), start_joints=.05,
-             start_tcp=.03),
-    Objects(shapes=("block", "drum", "pill", "lens", "tee", "stack"), unseen_shapes=("peg", "disc", "ell", "bell"),
-            colours=((.10, .75, .80), (.80, .10, .70), (.60, .90, .10), (.05, .10, .40), (.98, .92, .80),
-                     (.45, .50, .10), (.50, .50, .52), (.98, .65, .60)),
-            accents=((.02, .02, .02), (1., 1., 1.), (.50, .10, .20), (.30, .70, .65)), scale=(.9, 1.15),
-            dish=((.20, .20, .70), (.90, .30, .30), (.15, .45, .40), (.95, .85, .60), (.60, .60, .62)),
-            dish_wall=(.005, .017),
-            cubes=(("cyan", (.10, .78, .85)), ("magenta", (.82, .10, .72)), ("lime", (.62, .93, .10)),
-                   ("navy", (.05, .08, .38)), ("grey", (.50, .50, .52)), ("maroon", (.45, .04, .14))),
-            unseen_cubes=(("olive", (.42, .44, .08)), ("beige", (.96, .90, .76)), ("teal", (.05, .42, .45))),
-            cabinet=((.60, .45, .30), (.35, .40, .50), (.75, .65, .75), (.25, .50, .35)),
-            handle=((.85, .75, .20), (.75, .75, .78), (.70, .15, .15), (.20, .25, .60)),
-            handle_scale=(.85, 1.15), stroke=(.19, .21)))
-CAMERA_CLEARANCE = .06    # m; `pretrain` never puts its camera nearer to that of `sim` or `real`
-LOOK_AT = np.array([.45, -.045, .08])                         # m; the point that every camera orbits
-
-# Object shapes: parts of (geom type, half sizes [m], centre [m], 0 = object colour | 1 = accent). The origin is the
-# grasp point and the fingers close along y, where every shape is at most 60 mm wide. `turned` shapes are long along
-# x and start with a random yaw; the others look alike from all sides.
-BOX, BALL, ROD, CAN, EGG = (getattr(mujoco.mjtGeom, f"mjGEOM_{name}").value
-                            for name in ("BOX", "SPHERE", "CAPSULE", "CYLINDER", "ELLIPSOID"))
+# Parts "kind, centre xyz, half sizes [m]"; kind B box, S sphere, R rod along x, C can, E ellipsoid; capital = object
+# colour, small = accent. The origin is the grasp point; the fingers close along y, where no shape is wider than 60 mm.
 SHAPES = {
-    "cube": ((BOX, (.023, .023, .023), (0, 0, 0), 0),),
-    "brick": ((BOX, (.031, .020, .018), (0, 0, 0), 0),),
-    "can": ((CAN, (.023, .028, 0), (0, 0, 0), 0),),
-    "ball": ((BALL, (.026, 0, 0), (0, 0, 0), 0),),
-    "egg": ((EGG, (.032, .023, .023), (0, 0, 0), 0),),
-    "carrot": ((ROD, (.019, .020, 0), (0, 0, 0), 0), (BOX, (.008, .012, .008), (.042, 0, 0), 1)),
-    "mushroom": ((CAN, (.018, .018, 0), (0, 0, -.004), 1), (EGG, (.028, .028, .016), (0, 0, .018), 0)),
-    "bottle": ((CAN, (.023, .026, 0), (0, 0, 0), 0), (CAN, (.011, .010, 0), (0, 0, .036), 1)),
-    "pear": ((BALL, (.026, 0, 0), (0, 0, 0), 0), (BALL, (.015, 0, 0), (0, 0, .030), 0)),
-    "corn": ((ROD, (.020, .018, 0), (0, 0, 0), 0), (BOX, (.016, .020, .012), (-.026, 0, 0), 1)),
-    "eggplant": ((EGG, (.035, .022, .022), (0, 0, 0), 0), (BOX, (.007, .010, .010), (-.034, 0, 0), 1)),
-    "sponge": ((BOX, (.031, .022, .010), (0, 0, .010), 0), (BOX, (.031, .022, .010), (0, 0, -.010), 1)),
-    "pot": ((CAN, (.027, .020, 0), (0, 0, 0), 0), (BOX, (.012, .007, .006), (.036, 0, .010), 1)),
-    "cross": ((BOX, (.031, .014, .016), (0, 0, 0), 0), (BOX, (.012, .026, .016), (0, 0, 0), 1)),
-    "dumbbell": ((BOX, (.034, .018, .020), (0, 0, 0), 1), (CAN, (.024, .014, 0), (0, 0, .006), 0)),
-    "house": ((BOX, (.025, .021, .018), (0, 0, 0), 0), (BOX, (.016, .013, .008), (0, 0, .026), 1)),
-    "block": ((BOX, (.024, .020, .024), (0, 0, 0), 0),),
-    "drum": ((CAN, (.025, .018, 0), (0, 0, 0), 0),),
-    "pill": ((ROD, (.020, .016, 0), (0, 0, 0), 0),),
-    "lens": ((EGG, (.027, .027, .020), (0, 0, 0), 0),),
-    "tee": ((BOX, (.012, .024, .016), (.014, 0, 0), 0), (BOX, (.020, .014, .016), (-.016, 0, 0), 0)),
-    "stack": ((BOX, (.024, .024, .012), (0, 0, -.008), 0), (CAN, (.017, .012, 0), (0, 0, .016), 1)),
-    "peg": ((CAN, (.017, .030, 0), (0, 0, 0), 0),),
-    "disc": ((CAN, (.028, .014, 0), (0, 0, 0), 0),),
-    "ell": ((BOX, (.026, .013, .016), (0, 0, 0), 0), (BOX, (.010, .010, .016), (-.016, .016, 0), 0)),
-    "bell": ((EGG, (.026, .026, .024), (0, 0, 0), 0), (CAN, (.010, .010, 0), (0, 0, .030), 1))}
-TURNED = ("cube", "brick", "egg", "carrot", "corn", "eggplant", "sponge", "pot", "cross", "dumbbell", "house",
-          "block", "pill", "tee", "ell")
-ROD_ALONG_X = np.array([.70710678, 0, .70710678, 0])           # capsules point along z in MuJoCo
+    "cube": "B 0 0 0 .023 .023 .023", "brick": "B 0 0 0 .031 .020 .018", "can": "C 0 0 0 .023 .028 0",
+    "ball": "S 0 0 0 .026 0 0", "egg": "E 0 0 0 .032 .023 .023",
+    "carrot": "R 0 0 0 .019 .020 0; b .042 0 0 .008 .012 .008", "pear": "S 0 0 0 .026 0 0; S 0 0 .030 .015 0 0",
+    "mushroom": "E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0", "block": "B 0 0 0 .024 .020 .024",
+    "bottle": "C 0 0 0 .023 .026 0; c 0 0 .036 .011 .010 0", "pill": "R 0 0 0 .020 .016 0",
+    "corn": "R 0 0 0 .020 .018 0; b -.026 0 0 .016 .020 .012", "drum": "C 0 0 0 .025 .018 0",
+    "eggplant": "E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .010 .010", "lens": "E 0 0 0 .027 .027 .020",
+    "sponge": "B 0 0 .010 .031 .022 .010; b 0 0 -.010 .031 .022 .010",
+    "pot": "C 0 0 0 .027 .020 0; b .036 0 .010 .012 .007 .006",
+    "cross": "B 0 0 0 .031 .014 .016; b 0 0 0 .012 .026 .016",
+    "dumbbell": "C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .020",
+    "house": "B 0 0 0 .025 .021 .018; b 0 0 .026 .016 .013 .008",
+    "tee": "B .014 0 0 .012 .024 .016; B -.016 0 0 .020 .014 .016",
+    "stack": "B 0 0 -.008 .024 .024 .012; c 0 0 .016 .017 .012 0"}
+UNTURNED = ("can", "ball", "mushroom", "bottle", "pear", "drum", "lens", "stack")      # nobody could see their yaw
+GEOM_TYPE = {kind: getattr(mujoco.mjtGeom, f"mjGEOM_{name}") for kind, name in zip(
+    "BSRCE", ("BOX", "SPHERE", "CAPSULE", "CYLINDER", "ELLIPSOID"))}
 
-# Where things start: [low, high] of x and y, m. `unseen-states` starts in the band of UNSEEN_BAND around each area.
-START_AREA = {"object": np.array([[.42, .04], [.53, .14]]), "dish": np.array([[.42, -.16], [.53, -.07]]),
-              "cube": np.array([[.42, -.015], [.46, .015]]), "cabinet": np.array([[.44, -.32], [.52, -.27]])}
-TURN = .5                                                      # rad; objects and cubes start within +- this yaw
-CLOSE_START = (.14, .19)                                       # m; how far open the drawer is before close-drawer
+# ----------------------------------------------------------------------------------------------- robot and scenes
 
-# ---------------------------------------------------------------------------------------------- the robot and the scenes
-
-# Kinematics and inertias of the Franka Panda (MuJoCo Menagerie / franka_ros; inertias identified by Gaz et al. 2019).
-# One row a link: position in the parent [m], quaternion, mass [kg], centre of mass [m], inertia xx yy zz xy xz yz
-# [kg m2], joint range [rad], and its looks: c = capsule, y = cylinder "from to radius", b = box "centre half-size",
-# upper case = white, lower case = dark. Only the finger pads collide, so the arm's looks cost no physics.
+# Franka Panda: kinematics and inertias as in MuJoCo Menagerie / franka_ros (identified by Gaz et al. 2019). A row a link:
+# position in its parent [m], quaternion, mass [kg], centre of mass [m], inertia xx yy zz xy xz yz [kg m2], joint range
+# [rad], looks: C capsule, Y cylinder (from, to, radius), B box (centre, half sizes); capital = white, small = dark.
 LINKS = (
-    ("0 0 .333", "1 0 0 0", 4.970684, ".003875 .002081 -.04762",
-     ".70337 .70661 .009117 -.000139 .006772 .019169", "-2.8973 2.8973",
-     "C 0 0 -.165 0 -.02 -.03 .056; C 0 -.0745 0 0 0 0 .055"),
-    ("0 0 0", "1 -1 0 0", .646926, "-.003141 -.02872 .003495",
-     ".007962 .02811 .025995 -.003925 .010254 .000704", "-1.7628 1.7628",
-     "C 0 0 0 0 0 .0745 .055; C 0 -.03 .02 0 -.165 0 .056"),
-    ("0 -.316 0", "1 1 0 0", 3.228604, ".027518 .039252 -.066502",
-     ".037242 .036155 .01083 -.004761 -.011396 -.012805", "-2.8973 2.8973",
-     "C 0 0 -.09 .01 .01 -.01 .055; c .0825 0 0 .0825 .056 0 .055; C .02 .02 0 .0825 .04 0 .05"),
-    (".0825 0 0", "1 1 0 0", 3.587895, "-.05317 .104419 .027454",
-     ".025853 .019552 .028323 .007796 -.001332 .008641", "-3.0718 -.0698",
-     "c 0 0 0 0 0 .056 .055; C -.02 .02 .03 -.0825 .06 0 .052; C -.0825 .03 0 -.0825 .069 0 .055"),
-    ("-.0825 .384 0", "1 -1 0 0", 1.225946, "-.011953 .041065 -.038437",
-     ".035549 .029474 .008627 -.002117 -.004037 .000229", "-2.8973 2.8973",
-     "C 0 0 -.22 0 .01 -.15 .054; C 0 .03 -.16 0 .075 -.02 .05; y 0 .05 0 0 .128 0 .05"),
-    ("0 0 0", "1 1 0 0", 1.666555, ".060149 -.014117 -.010517",
-     ".001964 .004354 .005433 .000109 -.001158 .000341", "-.0175 3.7525",
-     "Y 0 0 -.044 0 0 .056 .05; C .01 .01 .005 .088 .02 .005 .045; Y .088 .0817 0 .088 -.0514 0 .044"),
-    (".088 0 0", "1 1 0 0", .735522, ".010517 -.004252 .061597",
-     ".012516 .010027 .004815 -.000428 -.001196 -.000741", "-2.8973 2.8973",
-     "Y 0 0 .052 0 0 .107 .044; c .02 .02 .08 .055 .055 .08 .025"))
-HAND_LOOKS = "B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044"
-FINGER_LOOKS = "b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014"
-TCP_IN_HAND = .1034       # m along the hand's z; the hand sits .107 m behind the last joint, turned by -45 deg
-SERVO_KP = (1000, 1000, 750, 750, 300, 300, 300)               # N m/rad
-ARM_TORQUE = (87, 87, 87, 87, 12, 12, 12)                      # N m, limits of the real joints
+    ("0 0 .333", "1 0 0 0", 4.970684, ".003875 .002081 -.04762", ".70337 .70661 .009117 -.000139 .006772 .019169",
+     "-2.8973 2.8973", "C 0 0 -.165 0 -.02 -.03 .056; C 0 -.0745 0 0 0 0 .055"),
+    ("0 0 0", "1 -1 0 0", .646926, "-.003141 -.02872 .003495", ".007962 .02811 .025995 -.003925 .010254 .000704",
+     "-1.7628 1.7628", "C 0 0 0 0 0 .0745 .055; C 0 -.03 .02 0 -.165 0 .056"),
+    ("0 -.316 0", "1 1 0 0", 3.228604, ".027518 .039252 -.066502", ".037242 .036155 .01083 -.004761 -.011396 -.012805",
+     "-2.8973 2.8973", "C 0 0 -.09 .01 .01 -.01 .055; c .0825 0 0 .0825 .056 0 .055; C .02 .02 0 .0825 .04 0 .05"),
+    (".0825 0 0", "1 1 0 0", 3.587895, "-.05317 .104419 .027454", ".025853 .019552 .028323 .007796 -.001332 .008641",
+     "-3.0718 -.0698", "c 0 0 0 0 0 .056 .055; C -.02 .02 .03 -.0825 .06 0 .052; C -.0825 .03 0 -.0825 .069 0 .055"),
+    ("-.0825 .384 0", "1 -1 0 0", 1.225946, "-.011953 .041065 -.038437", ".035549 .029474 .008627 -.002117 -.004037 .000229",
+     "-2.8973 2.8973", "C 0 0 -.22 0 .01 -.15 .054; C 0 .03 -.16 0 .075 -.02 .05; y 0 .05 0 0 .128 0 .05"),
+    ("0 0 0", "1 1 0 0", 1.666555, ".060149 -.014117 -.010517", ".001964 .004354 .005433 .000109 -.001158 .000341",
+     "-.0175 3.7525", "Y 0 0 -.044 0 0 .056 .05; C .01 .01 .005 .088 .02 .005 .045; Y .088 .0817 0 .088 -.0514 0 .044"),
+    (".088 0 0", "1 1 0 0", .735522, ".010517 -.004252 .061597", ".012516 .010027 .004815 -.000428 -.001196 -.000741",
+     "-2.8973 2.8973", "Y 0 0 .052 0 0 .107 .044; c .02 .02 .08 .055 .055 .08 .025"))
+SERVO_KP, FINGER_KP = (1000, 1000, 750, 750, 300, 300, 300), 1000      # N m/rad, N/m
+ARM_TORQUE = (87, 87, 87, 87, 12, 12, 12)              # N m, limits of the real joints
+TOOL_LENGTH = .107 + .1034                             # m from the last joint to the TCP between the pads
 
 
 def looks_xml(looks):
-    """MJCF of visual-only geoms from the compact notation of LINKS."""
-    geoms = []
-    for part in looks.split(";"):
-        kind, *numbers = part.split()
-        where = (f'type="box" pos="{" ".join(numbers[:3])}" size="{" ".join(numbers[3:])}"' if kind in "bB" else
-                 f'type="{dict(c="capsule", y="cylinder")[kind.lower()]}" '
-                 f'fromto="{" ".join(numbers[:6])}" size="{numbers[6]}"')
-        geoms.append(f'<geom class="{"white" if kind.isupper() else "dark"}" {where}/>')
-    return "".join(geoms)
+    """MJCF of geoms that are only seen, from the notation of LINKS."""
+    geoms = ""
+    for kind, *n in map(str.split, looks.split(";")):
+        shape = (f'type="box" pos="{" ".join(n[:3])}" size="{" ".join(n[3:])}"' if kind in "bB" else
+                 f'type="{dict(c="capsule", y="cylinder")[kind.lower()]}" fromto="{" ".join(n[:6])}" size="{n[6]}"')
+        geoms += f'<geom class="{"white" if kind.isupper() else "dark"}" {shape}/>'
+    return geoms
 
 
 def panda_xml():
-    """MJCF of the arm: seven links, hand and two fingers, all weight compensated. The first 9 joints of every scene."""
-    pad = '<geom name="pad_{0}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/>'
-    finger = ('<body name="{0}" pos="0 0 .0584" quat="{1}" gravcomp="1">'
-              '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
-              '<joint name="{0}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1" damping="10"/>'
-              + looks_xml(FINGER_LOOKS) + pad + "</body>")
-    hand = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1">'
-            '<inertial pos="-.01 0 .03" mass=".73" diaginertia=".001 .0025 .0017"/>' + looks_xml(HAND_LOOKS)
-            + finger.format("left", "1 0 0 0") + finger.format("right", "0 0 0 1") + "</body>")
-    arm = hand
-    for number, (pos, quat, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS, 1))):
-        arm = (f'<body name="link{number}" pos="{pos}" quat="{quat}" gravcomp="1">'
+    """MJCF of arm, hand and fingers, weight-compensated; only the finger pads collide. Joints 0-8 of every scene."""
+    def finger(side, quat):
+        return (f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
+                '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
+                f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1" damping="10"/>'
+                + looks_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014")
+                + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>')
+    arm = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1">'
+           '<inertial pos="-.01 0 .03" mass=".73" diaginertia=".001 .0025 .0017"/>'
+           + looks_xml("B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044")
+           + finger("left", "1 0 0 0") + finger("right", "0 0 0 1") + "</body>")
+    for k, (pos, quat, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS))):
+        arm = (f'<body name="link{k + 1}" pos="{pos}" quat="{quat}" gravcomp="1">'
                f'<inertial pos="{com}" mass="{mass}" fullinertia="{inertia}"/>'
-               f'<joint name="joint{number}" axis="0 0 1" range="{limits}" armature=".1" damping="1"/>'
+               f'<joint name="joint{k}" axis="0 0 1" range="{limits}" armature=".1" damping="1"/>'
                f'{looks_xml(looks)}{arm}</body>')
-    return '<body name="link0">' + looks_xml("B -.045 0 .035 .09 .08 .035; Y 0 0 0 0 0 .14 .07") + arm + "</body>"
+    return looks_xml("B -.045 0 .035 .09 .08 .035; Y 0 0 0 0 0 .14 .07") + arm
 
 
-def part(name, **values):
-    """MJCF of one colliding geom; numbers and tuples become attribute text."""
-    text = {key: " ".join(map(str, value)) if isinstance(value, tuple) else value for key, value in values.items()}
-    return f'<geom name="{name}" ' + " ".join(f'{key}="{value}"' for key, value in text.items()) + "/>"
+def touch_xml(name, who, what, data):
+    return f'<contact name="{name}" {who} body2="{what}" num="1" data="{data}" reduce="netforce"/>'
 
 
 def pick_xml():
-    """A free object of two interchangeable parts, and a dish: a floor and eight wall boxes on a ring."""
-    walls = ""
-    for k in range(8):
-        angle = (k + .5) * np.pi / 4
-        walls += part(f"dish_wall{k}", type="box", pos=(.062 * np.cos(angle), .062 * np.sin(angle), .01),
-                      size=(.004, .0265, .01), euler=(0, 0, angle))
-    return ('<body name="object" pos="0 0 .1"><freejoint/>' + part("object0", type="box", size=(.02, .02, .02), condim=4)
-            + part("object1", type="box", size=(.01, .01, .01), condim=4) + "</body>"
-            '<body name="dish" mocap="true">' + part("dish_floor", type="cylinder", size=(.062, .004), pos=(0, 0, .004))
-            + walls + "</body>")
+    """Bodies and sensors: a free object of two interchangeable parts; a dish, that is a floor and a ring of eight walls."""
+    walls = "".join(f'<geom name="dish_wall{k}" type="box" pos="{.062 * np.cos(a)} {.062 * np.sin(a)} .01" '
+                    f'size=".004 .0265 .01" euler="0 0 {a}"/>' for k, a in enumerate((np.arange(8) + .5) * np.pi / 4))
+    return ('<body name="object" pos="0 0 .1"><freejoint/><geom name="part0" type="box" size=".02 .02 .02" condim="4"/>'
+            '<geom name="part1" type="box" size=".01 .01 .01" condim="4"/></body><body name="dish" mocap="true">'
+            f'<geom name="dish_floor" type="cylinder" size=".062 .004" pos="0 0 .004"/>{walls}</body>',
+            "".join(touch_xml(side, f'geom1="pad_{side}"', "object", "force") for side in ("left", "right")))
 
 
 def push_xml():
-    """Three free cubes."""
-    return "".join(f'<body name="cube{k}" pos="0 {k} .1"><freejoint/>'
-                   + part(f"cube{k}", type="box", size=(.028, .028, .028)) + "</body>" for k in range(3))
+    """Bodies and sensors: three free cubes."""
+    return ("".join(f'<body name="cube{k}" pos="0 {k} .1"><freejoint/><geom name="cube{k}" type="box" '
+                    f'size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body>' for k in range(3)),
+            "".join(touch_xml(f"cube{k}", 'subtree1="hand"', f"cube{k}", "found") for k in range(3)))
 
 
 def drawer_xml():
-    """A cabinet that is open towards +y, and a drawer with a handle plate on two pegs.
-
-    The plate stands .065 m off the front: the open gripper needs .055 m on either side of it."""
-    def panel(name, pos, size):
-        return part(name, type="box", pos=pos, size=size, contype=2, conaffinity=0)
-    return ('<body name="cabinet" mocap="true">'
-            + panel("cabinet_top", (0, 0, .106), (.100, .100, .004)) + panel("cabinet_base", (0, 0, .004), (.100, .100, .004))
-            + panel("cabinet_left", (-.096, 0, .055), (.004, .100, .047)) + panel("cabinet_right", (.096, 0, .055), (.004, .100, .047))
-            + panel("cabinet_back", (0, -.096, .055), (.092, .004, .047))
-            + '<body name="drawer" pos="0 .100 .055">'
-            '<joint name="drawer" type="slide" axis="0 1 0" range="0 .2" armature=".05" damping="5" frictionloss="1"/>'
-            + panel("drawer_front", (0, 0, 0), (.090, .005, .045)) + panel("drawer_floor", (0, -.098, -.040), (.086, .093, .004))
-            + panel("drawer_left", (-.086, -.098, -.015), (.004, .093, .028))
-            + panel("drawer_right", (.086, -.098, -.015), (.004, .093, .028))
-            + panel("handle_peg0", (-.030, .032, 0), (.004, .032, .004)) + panel("handle_peg1", (.030, .032, 0), (.004, .032, .004))
-            + panel("handle", (0, .066, 0), (.045, .005, .018)) + "</body></body>")
+    """Bodies and sensors: a cabinet that is open towards +y and a drawer with a handle plate on two pegs. The plate stands
+    .065 m off the front, as the open gripper needs .055 m on either side of it."""
+    def panels(text):              # "name centre half-sizes"
+        return "".join('<geom class="panel" name="{0}" pos="{1} {2} {3}" size="{4} {5} {6}"/>'.format(*row.split())
+                       for row in text.split(";"))
+    return ('<body name="cabinet" mocap="true">' + panels(
+        "cabinet_top 0 0 .106 .1 .1 .004; cabinet_base 0 0 .004 .1 .1 .004; cabinet_left -.096 0 .055 .004 .1 .047;"
+        "cabinet_right .096 0 .055 .004 .1 .047; cabinet_back 0 -.096 .055 .092 .004 .047")
+        + '<body name="drawer" pos="0 .1 .055"><joint name="drawer" type="slide" axis="0 1 0" range="0 .2" armature=".05"/>'
+        + panels(
+        "drawer_front 0 0 0 .09 .005 .045; drawer_floor 0 -.098 -.04 .086 .093 .004; drawer_left -.086 -.098 -.015 .004 .093 "
+        ".028; drawer_right .086 -.098 -.015 .004 .093 .028; handle_peg0 -.03 .032 0 .004 .032 .004; handle_peg1 .03 .032 0 "
+        ".004 .032 .004; handle 0 .066 0 .045 .005 .018") + "</body></body>",
+        touch_xml("drawer", 'subtree1="hand"', "drawer", "found"))
 
 
-SCENES = {
-    "pick": (pick_xml, '<contact name="touch_left" geom1="pad_left" body2="object" num="1" data="force" reduce="netforce"/>'
-             '<contact name="touch_right" geom1="pad_right" body2="object" num="1" data="force" reduce="netforce"/>'),
-    "push": (push_xml, "".join(f'<contact name="touch{k}" subtree1="hand" body2="cube{k}" num="1" data="found"/>'
-                               for k in range(3))),
-    "drawer": (drawer_xml, '<contact name="touch" subtree1="hand" body2="drawer" num="1" data="found"/>')}
+HANDLE = np.array([0, .166, .055])     # m; centre of the closed drawer's handle plate in the cabinet's frame
 
 
 def scene_xml(scene, image_size):
-    """Complete MJCF of the scene `pick`, `push` or `drawer`.
+    """Complete MJCF of the scene "pick", "push" or "drawer".
 
-    quads 1, slices 6, stacks 3, no multi-sampling, no shadow maps: software GL pays for triangles, not for pixels
-    (a frame of 64 px takes 0.3 ms, with MuJoCo's default qualities more than 10 times as long)."""
-    bodies, sensors = SCENES[scene]
-    marks = dict(wood=("flat", ".82 .72 .62", .25, 64), slate=("flat", ".55 .62 .62", .12, 48),
-                 dots=("flat", ".55 .55 .55", .03, 24), tiles=("checker", ".75 .75 .75", 0, 16),
-                 crosses=("flat", ".5 .5 .5", 0, 32), plain=("flat", "1 1 1", 0, 8))
-    assets = ""
-    for name, (builtin, rgb, density, size) in marks.items():
-        mark = "random" if density else ("cross" if name == "crosses" else "none")
-        assets += (f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="{mark}" '
-                   f'markrgb="{rgb}" random="{density}" width="{size}" height="{size}"/>'
-                   f'<material name="{name}" texture="{name}" texrepeat="6 6" specular="0" shininess="0"/>')
-    clutter = "".join(f'<geom name="clutter{k}" class="scenery" pos="{pos}" size="{size}" rgba="{rgb} 1"/>' for k, (pos, size, rgb)
-                      in enumerate((("-.25 .45 .15", ".08 .10 .15", ".20 .22 .30"), ("-.35 -.35 .22", ".10 .08 .22", ".25 .18 .15"),
-                                    ("-.02 -.42 .05", ".06 .05 .05", ".35 .30 .10"), (".10 .46 .001", ".16 .12 .001", ".08 .45 .20"))))
-    servos = "".join(f'<position name="servo{k}" joint="joint{k}" kp="{kp}" kv="{.05 * kp}" forcerange="-{force} {force}"/>'
-                     for k, (kp, force) in enumerate(zip(SERVO_KP, ARM_TORQUE), 1))
-    servos += "".join(f'<position name="servo_{side}" joint="{side}" kp="1000" kv="100" forcerange="-40 40"/>'
-                      for side in ("left", "right"))
-    return f"""<mujoco model="panda_{scene}">
+    One quad, few slices, no multi-sampling, no shadow maps: software OpenGL pays for triangles, not for pixels."""
+    bodies, sensors = dict(pick=pick_xml, push=push_xml, drawer=drawer_xml)[scene]()
+    textures = "".join(
+        f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="{mark}" markrgb="{rgb}" '
+        f'random="{density}" width="{size}" height="{size}"/>'
+        f'<material name="{name}" texture="{name}" texrepeat="6 6" specular="0" shininess="0"/>'
+        for name, builtin, mark, rgb, density, size in (
+            ("wood", "flat", "random", ".82 .72 .62", .25, 64), ("slate", "flat", "random", ".55 .62 .62", .12, 48),
+            ("dots", "flat", "random", ".55 .55 .55", .03, 24), ("tiles", "checker", "none", ".75 .75 .75", 0, 16),
+            ("crosses", "flat", "cross", ".5 .5 .5", 0, 32), ("plain", "flat", "none", "1 1 1", 0, 8)))
+    clutter = "".join(f'<geom name="clutter{k}" class="scenery" pos="{pos}" size="{size}" rgba="{rgb} 1"/>'
+                      for k, (pos, size, rgb) in enumerate((
+                          ("-.25 .45 .15", ".08 .10 .15", ".2 .22 .3"), ("-.35 -.35 .22", ".10 .08 .22", ".25 .18 .15"),
+                          ("-.02 -.42 .05", ".06 .05 .05", ".35 .3 .1"), (".10 .46 .001", ".16 .12 .001", ".08 .45 .2"))))
+    servos = "".join(f'<position joint="{joint}" kp="1" kv="1" forcerange="-1 1"/>'     # gains: VecEnv.apply_dynamics
+                     for joint in [f"joint{k}" for k in range(7)] + ["left", "right"])
+    return f"""<mujoco>
   <compiler angle="radian" autolimits="true"/>
   <option timestep="{PHYSICS_DT}" integrator="implicitfast" cone="elliptic" impratio="10"><flag midphase="disable"/></option>
   <visual><global offwidth="{max(image_size, 8)}" offheight="{max(image_size, 8)}"/><map znear=".05" zfar="8"/>
-    <quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/>
-    <headlight active="0"/></visual>
-  <statistic extent="1" center="0.4 0 0.2"/>
+    <quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/><headlight active="0"/></visual>
+  <statistic extent="1" center=".4 0 .2"/>
   <default>
     <default class="white"><geom contype="0" conaffinity="0" mass="0" group="1" rgba=".95 .95 .95 1"/></default>
-    <default class="dark"><geom contype="0" conaffinity="0" mass="0" group="1" rgba=".18 .18 .20 1"/></default>
+    <default class="dark"><geom contype="0" conaffinity="0" mass="0" group="2" rgba=".18 .18 .20 1"/></default>
     <default class="scenery"><geom type="box" contype="0" conaffinity="0" mass="0"/></default>
+    <default class="panel"><geom type="box" contype="2" conaffinity="0"/></default>
     <default class="pad"><geom type="box" conaffinity="3" mass="0" condim="4" friction="1 .005 .0001" solref=".01 1"
       solimp=".95 .99 .001" rgba=".25 .25 .27 1"/></default>
   </default>
-  <asset>{assets}</asset>
+  <asset>{textures}</asset>
   <worldbody>
-    <light name="light" type="directional" pos="0 0 2" dir="0 0 -1" castshadow="false" specular="0 0 0"/>
-    <camera name="front" pos="1 0 .6"/>
+    <light type="directional" castshadow="false" specular="0 0 0"/>
+    <camera name="front"/>
     <geom name="table" type="box" pos=".35 0 -.02" size=".55 .60 .02" material="wood" friction=".6 .005 .0001"/>
     <geom name="wall" class="scenery" pos="-.60 0 .4" size=".01 1.6 1.2"/>
-    {clutter}{panda_xml()}{bodies()}
+    {clutter}{panda_xml()}{bodies}
   </worldbody>
   <actuator>{servos}</actuator>
   <sensor>{sensors}</sensor>
 </mujoco>"""
 
-# ---------------------------------------------------------------------------------------------- kinematics and control
+# ----------------------------------------------------------------------------------------------- kinematics
 
-# Fixed part of each joint's frame: translation [m] and quarter turns about x, read off LINKS.
-JOINT_OFFSET = np.array([[float(x) for x in link[0].split()] for link in LINKS])
-JOINT_TILT = np.array([np.pi / 2 * float(link[1].split()[1]) for link in LINKS])
-JOINT_RANGE = np.array([[float(x) for x in link[5].split()] for link in LINKS]).T      # (2, 7)
+JOINT_OFFSET = np.array([[float(x) for x in link[0].split()] for link in LINKS])       # (7, 3) m
+JOINT_RANGE = np.array([[float(x) for x in link[5].split()] for link in LINKS]).T      # (2, 7) rad
 
 
 def rotation(axis, angle):
@@ -437,30 +330,30 @@ def rotation(axis, angle):
     return matrix
 
 
-TILT = rotation(0, JOINT_TILT)                                 # (7, 3, 3)
-TOOL = rotation(2, np.array(-np.pi / 4))                       # (3, 3)
+# The fixed part of each joint's frame is a quarter turn about x: the quaternion (1, +-1, 0, 0) of LINKS.
+JOINT_TILT = rotation(0, np.array([np.pi / 2 * float(link[1].split()[1]) for link in LINKS]))      # (7, 3, 3)
+TOOL = rotation(2, np.array(-np.pi / 4))                                                # (3, 3)
 
 
 def forward_kinematics(q):
     """TCP position (N, 3) [m], rotation (N, 3, 3) and Jacobian (N, 6, 7) for joint angles q (N, 7) [rad].
 
-    Jacobian rows: linear then angular velocity of the TCP in the base frame, per rad/s of each joint."""
-    local = TILT @ rotation(2, q)                              # (N, 7, 3, 3) each joint's frame in the one before
+    Jacobian rows: linear, then angular velocity of the TCP in the base frame, per rad/s of each joint."""
+    local = JOINT_TILT @ rotation(2, q)                        # (N, 7, 3, 3) each joint's frame in the one before
     position, frame = np.zeros((len(q), 3)), np.tile(np.eye(3), (len(q), 1, 1))
     origins, axes = np.empty((2, len(q), 7, 3))
     for k in range(7):
         position = position + frame @ JOINT_OFFSET[k]
         frame = frame @ local[:, k]
         origins[:, k], axes[:, k] = position, frame[:, :, 2]
-    frame = frame @ TOOL
-    position = position + frame[:, :, 2] * (.107 + TCP_IN_HAND)
+    position = position + frame[:, :, 2] * TOOL_LENGTH
     arm = position[:, None] - origins                          # (N, 7, 3)
     linear = axes[..., [1, 2, 0]] * arm[..., [2, 0, 1]] - axes[..., [2, 0, 1]] * arm[..., [1, 2, 0]]   # axis x arm
-    return position, frame, np.concatenate([linear, axes], -1).swapaxes(1, 2)
+    return position, frame @ TOOL, np.concatenate([linear, axes], -1).swapaxes(1, 2)
 
 
 def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.05, max_step=.25):
-    """Joint angles (N, 7) that bring the TCP to position (N, 3), frame (N, 3, 3), starting from q (N, 7).
+    """Joint angles (N, 7) that bring the TCP to position (N, 3) and frame (N, 3, 3), starting from q (N, 7).
 
     Damped least squares with a pull towards HOME in the null space:
         dq = J+ e + (I - J+ J) posture (HOME - q),    J+ = J^T (J J^T + damping^2 I)^-1
@@ -468,27 +361,25 @@ def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.0
     for _ in range(iterations):
         now, turn, jacobian = forward_kinematics(q)
         relative = frame @ turn.swapaxes(1, 2)
-        skew = (relative - relative.swapaxes(1, 2)) / 2        # sin(angle) * axis; exact enough near the solution
-        error = np.concatenate([position - now, skew[:, [2, 0, 1], [1, 2, 0]]], 1)[..., None]     # (N, 6, 1)
+        skew = (relative - relative.swapaxes(1, 2)) / 2        # sin(angle) * axis: exact enough near the solution
+        error = np.concatenate([position - now, skew[:, [2, 0, 1], [1, 2, 0]]], 1)[..., None]      # (N, 6, 1)
         pull = (posture * (HOME - q))[..., None]
         transposed = jacobian.swapaxes(1, 2)
-        wanted = error - jacobian @ pull                       # J+ e + pull - J+ J pull
-        dq = transposed @ np.linalg.solve(jacobian @ transposed + damping ** 2 * np.eye(6), wanted) + pull
-        q = np.clip(q + np.clip(dq[..., 0], -max_step, max_step), JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
+        solved = np.linalg.solve(jacobian @ transposed + damping ** 2 * np.eye(6), error - jacobian @ pull)
+        dq = (transposed @ solved + pull)[..., 0]
+        q = np.clip(q + np.clip(dq, -max_step, max_step), JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
     return q
 
 
 def euler_of(frame):
     """Roll, pitch, yaw (N, 3) [rad] of R = Rz(yaw) Ry(pitch) Rx(roll), frame (N, 3, 3)."""
-    return np.stack([np.arctan2(frame[:, 2, 1], frame[:, 2, 2]),
-                     -np.arcsin(np.clip(frame[:, 2, 0], -1, 1)),
+    return np.stack([np.arctan2(frame[:, 2, 1], frame[:, 2, 2]), -np.arcsin(np.clip(frame[:, 2, 0], -1, 1)),
                      np.arctan2(frame[:, 1, 0], frame[:, 0, 0])], 1)
 
-# ---------------------------------------------------------------------------------------------- rendering
+# ----------------------------------------------------------------------------------------------- rendering
 
-
-GL_CONTEXT = {}           # process id: context. One for all environments of a process: an MjrContext that is garbage
-                          # collected while another context is current would delete that one's textures
+GL_CONTEXT = {}   # process id: context, one for all environments of a process: MuJoCo frees the buffers of a collected
+#                   environment in whatever context is current, which would destroy another one's
 
 
 def open_gl():
@@ -500,50 +391,48 @@ def open_gl():
     except Exception as error:     # every backend fails in its own way: ImportError, AttributeError, FatalError ...
         raise RuntimeError(
             f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with "
-            f"{type(error).__name__}: {error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), then start "
-            "Python with MUJOCO_GL=egl (or osmesa); in a container with an NVIDIA GPU also set "
-            "NVIDIA_DRIVER_CAPABILITIES=all; macOS and Windows: unset MUJOCO_GL. Without pictures: image_size=0.") from error
+            f"{type(error).__name__}: {error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start Python "
+            "with MUJOCO_GL=egl (or osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; macOS and "
+            "Windows: unset MUJOCO_GL. Without pictures: image_size=0.") from error
 
 
 def gl_renderer_name():
-    """Name of the current OpenGL renderer; warns when it is a software one on a machine with an NVIDIA GPU."""
+    """Name of the current OpenGL renderer; warns if it is a software one on a machine with an NVIDIA GPU."""
     try:
         from OpenGL import GL
         name = GL.glGetString(GL.GL_RENDERER).decode()
-    except Exception:              # PyOpenGL is absent or bound to another backend: the name is for people only
+    except Exception:              # PyOpenGL absent or bound to another backend; the name is for people only
         return "unknown"
-    if any(soft in name.lower() for soft in ("llvmpipe", "softpipe", "swrast")) and os.path.exists("/dev/nvidia0"):
-        warnings.warn(f"rendering on the CPU ({name}) although this machine has an NVIDIA GPU; see MUJOCO_GL=egl, "
-                      "NVIDIA_DRIVER_CAPABILITIES=all and /usr/share/glvnd/egl_vendor.d/10_nvidia.json", stacklevel=2)
+    if "llvmpipe" in name and os.path.exists("/dev/nvidia0"):
+        warnings.warn(f"rendering on the CPU ({name}) although this machine has an NVIDIA GPU: see MUJOCO_GL=egl, "
+                      "NVIDIA_DRIVER_CAPABILITIES=all, /usr/share/glvnd/egl_vendor.d/10_nvidia.json", stacklevel=2)
     return name
 
 
-EXPANDED = ("geom_type", "geom_size", "geom_pos", "geom_quat", "geom_rgba", "geom_matid", "geom_friction", "geom_contype",
-            "geom_conaffinity", "body_mass", "body_inertia", "dof_damping", "dof_frictionloss", "jnt_range",
-            "actuator_gainprm", "actuator_biasprm", "actuator_forcerange", "cam_pos", "cam_quat", "cam_fovy",
-            "light_dir", "light_ambient", "light_diffuse")
+PER_ENVIRONMENT = ("geom_type", "geom_size", "geom_pos", "geom_quat", "geom_rgba", "geom_matid", "geom_friction",
+                   "geom_contype", "geom_conaffinity", "body_mass", "body_inertia", "dof_damping", "dof_frictionloss",
+                   "jnt_range", "actuator_gainprm", "actuator_biasprm", "actuator_forcerange", "cam_pos", "cam_quat",
+                   "cam_fovy", "light_dir", "light_ambient", "light_diffuse")
 
 
 class Scene:
-    """One compiled MJCF and a Batch of it; row i of every array belongs to environment i.
+    """One compiled MJCF and a mujoco Batch of it; row i of every array belongs to environment i.
 
-    All environments share the structure; colours, sizes, masses, gains and cameras are per environment (`field`)."""
+    All environments share the structure; the model fields of PER_ENVIRONMENT have a row each, in `field`."""
 
     def __init__(self, name, num_envs, image_size):
-        self.name, self.size = name, image_size
-        self.model = mujoco.MjModel.from_xml_string(scene_xml(name, image_size))
+        self.size, self.model = image_size, mujoco.MjModel.from_xml_string(scene_xml(name, image_size))
         self.batch = Batch(self.model, num_envs, nthread=1)    # one thread: processes scale better on small machines
         self.qpos, self.qvel, self.ctrl, self.mocap_pos, self.sensor = map(
             self.batch.bind, ("qpos", "qvel", "ctrl", "mocap_pos", "sensordata"))
-        self.field = {name: self.batch.expand(name) for name in EXPANDED}
-        self.default = {name: getattr(self.model, name).copy() for name in EXPANDED}
-        self.context = None
+        self.field = {name: self.batch.expand(name) for name in PER_ENVIRONMENT}
+        self.loose = [b for b in range(self.model.nbody) if self.model.body_dofnum[b] == 6]
+        self.context, self.models = None, [None] * num_envs    # models[i]: what environment i looks like
         if image_size:
-            self.models = [None] * num_envs                    # what environment i looks like, refreshed at its reset
-            self.data = mujoco.MjData(self.model)
-            self.view, self.option, self.camera = mujoco.MjvScene(self.model, maxgeom=200), mujoco.MjvOption(), mujoco.MjvCamera()
+            self.data, self.option, self.camera = mujoco.MjData(self.model), mujoco.MjvOption(), mujoco.MjvCamera()
             self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
-            self.view.flags[:] = 0                             # no shadow, reflection, skybox, haze ...
+            self.view = mujoco.MjvScene(self.model, maxgeom=200)
+            self.view.flags[:] = 0                             # no shadow map, reflection, skybox, haze
             self.view.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 1     # without it every face is drawn twice
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
@@ -551,83 +440,58 @@ class Scene:
 
     def set_geom(self, i, name, **values):
         """Write geom_<field> of one geom of environment i."""
-        geom = self.model.geom(name).id
         for field, value in values.items():
-            self.field["geom_" + field][i, geom] = value
+            self.field["geom_" + field][i, self.model.geom(name).id] = value
 
-    def set_gain(self, i, actuator, stiffness, damping, force):
-        """A position servo: torque = stiffness (ctrl - q) - damping dq/dt, limited to +- force."""
-        self.field["actuator_gainprm"][i, actuator, 0] = stiffness
-        self.field["actuator_biasprm"][i, actuator, 1:3] = -stiffness, -damping
-        self.field["actuator_forcerange"][i, actuator] = -force, force
-
-    def finish_reset(self, i):
-        """Derived constants of environment i, contacts at the start, and the model that its pictures are made from."""
-        self.batch.set_const([i])
-        self.batch.forward([i])
-        if self.size:
-            self.models[i] = self.batch.get_model(i, self.models[i])
-
-    def render(self, i, shadow, shadow_side):
-        """Picture (H, W, 3) of environment i; shadow = opacity of the discs under loose bodies and hand."""
-        model, data = self.models[i], self.batch.get_data(i, self.data)
+    def render(self, i, tcp, drawn):
+        """Picture (H, W, 3) uint8 of environment i and the seconds that OpenGL took. Shadows are discs under the loose
+        bodies and the tool: a shadow map would cost 30 times as much."""
+        model, data, view = self.models[i], self.batch.get_data(i, self.data), self.view
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
-        mujoco.mjv_updateScene(model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.view)
-        if shadow:
-            bodies = [b for b in range(model.nbody) if model.body_dofnum[b] == 6] + [model.body("hand").id]
-            for body in bodies:
-                x, y, z = data.xpos[body] - (0, 0, TCP_IN_HAND * (body == bodies[-1]))
-                geom = self.view.geoms[self.view.ngeom]
-                mujoco.mjv_initGeom(geom, CAN, np.array([.028, .028, .0004]), np.array([x, y - shadow_side * z, .001]),
-                                    np.eye(3).ravel(), np.array([0, 0, 0, shadow], np.float32))
-                self.view.ngeom += 1
-        mujoco.mjr_render(self.rect, self.view, self.context)
+        mujoco.mjv_updateScene(model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, view)
+        for x, y, z in [*data.xpos[self.loose], tcp] if drawn.shadow else ():
+            mujoco.mjv_initGeom(view.geoms[view.ngeom], mujoco.mjtGeom.mjGEOM_CYLINDER, np.array([.028, .028, .0004]),
+                                np.array([x, y - drawn.light_side * z, .001]), np.eye(3).ravel(), np.float32([0, 0, 0, drawn.shadow]))
+            view.ngeom += 1
+        before = time.perf_counter()
+        mujoco.mjr_render(self.rect, view, self.context)
         image = np.empty((self.size, self.size, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, self.rect, self.context)
-        return image[::-1]                                     # OpenGL's first row is the bottom one
-
-# ---------------------------------------------------------------------------------------------- what an episode draws
+        return image[::-1], time.perf_counter() - before       # OpenGL's first row is the bottom one
 
 
-@dataclasses.dataclass
-class Episode:
-    """Everything random about one episode that is not stored in the simulation itself."""
-    number: int                     # which episode of the seed
-    task: str
-    instruction: str
-    named: int                      # push-cube: which cube is named
-    shape: str                      # pick-place: the object's shape
-    rest: float                     # m; height of the object's origin when it lies on the table
-    yaw: float                      # rad; of the object or cabinet at the start
-    stroke: float                   # m; drawer travel
-    look: dict                      # what the picture needs: shadow, side, lut, noise, blur, stale
-    rng: np.random.Generator        # for whoever acts in this episode (operators), never used by the environment
+# Sensor noise of sigma 1, in 1/16: drawn once and cut at random places, since fresh noise costs 10 x a look-up.
+NOISE = (16 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.int16)
 
 
-def uniform(rng, low_high, size=None):
-    return rng.uniform(low_high[0], low_high[1], size)
+def process_image(image, drawn, step):
+    """Tone curve, blur and sensor noise of a frame (H, W, 3) uint8; a function of what the episode drew and the step."""
+    if drawn.curves is not None:                               # (3, 256)
+        image = drawn.curves.ravel().take(image + np.array([0, 256, 512], np.uint16))
+    if drawn.blur:                                             # rows, then columns, with 1/4 1/2 1/4
+        image = image.astype(np.uint16)
+        image[1:-1] = image[:-2] + 2 * image[1:-1] + image[2:] + 2 >> 2
+        image[:, 1:-1] = image[:, :-2] + 2 * image[:, 1:-1] + image[:, 2:] + 2 >> 2
+    if drawn.noise:
+        start = (drawn.noise_seed + 7919 * step) % (len(NOISE) - image.size)
+        noise = (drawn.noise * NOISE[start:start + image.size] >> 4).reshape(image.shape)
+        image = np.clip(image.astype(np.int16) + noise, 0, 255)
+    return image.astype(np.uint8)
+
+# ----------------------------------------------------------------------------------------------- environments
 
 
-def choice(rng, options):
-    return options[rng.integers(len(options))]
-
-
-def start_xy(rng, area, unseen):
-    """A start position (2,) [m] in the area, or in the band of UNSEEN_BAND around it."""
-    if not unseen:
-        return rng.uniform(*area)
-    low, high = area[0] - UNSEEN_BAND, area[1] + UNSEEN_BAND
-    while True:
-        xy = rng.uniform(low, high)
-        if ((xy < area[0]) | (xy > area[1])).any():
-            return xy
+def draw(rng, value):
+    """One sample of a PARAMETERS entry: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
+    if isinstance(value, list):
+        return draw(rng, value[rng.integers(len(value))])
+    return rng.uniform(*value) if isinstance(value, tuple) and len(value) == 2 else value
 
 
 def camera_pose(azimuth, elevation, distance, look_at):
     """Position (3,) and quaternion (4,) of a camera that orbits look_at; angles in degrees, no roll."""
-    a, e = np.radians(azimuth), np.radians(elevation)
-    cos_a, sin_a, cos_e, sin_e = np.cos(a), np.sin(a), np.cos(e), np.sin(e)
+    (cos_a, cos_e), (sin_a, sin_e) = np.cos(np.radians([azimuth, elevation])), np.sin(np.radians([azimuth, elevation]))
     axes = np.array([[-sin_a, -sin_e * cos_a, cos_e * cos_a],  # columns: right, up, backward
                      [cos_a, -sin_e * sin_a, cos_e * sin_a], [0, cos_e, sin_e]])
     quat = np.empty(4)
@@ -635,316 +499,239 @@ def camera_pose(azimuth, elevation, distance, look_at):
     return look_at + distance * axes[:, 2], quat
 
 
-def draw_camera(rng, visual, keep_away):
-    """Camera position, quaternion and fovy [deg]; further than CAMERA_CLEARANCE from the poses in keep_away."""
-    while True:
-        look_at = LOOK_AT + uniform(rng, visual.look_at_shift, 3)
-        position, quat = camera_pose(uniform(rng, visual.camera_azimuth), uniform(rng, visual.camera_elevation),
-                                     uniform(rng, visual.camera_distance), look_at)
-        if all(np.linalg.norm(position - other) > CAMERA_CLEARANCE for other in keep_away):
-            return position, quat, uniform(rng, visual.camera_fovy)
-
-
-def middle(low_high):
-    return sum(low_high) / 2
-
-
-FIXED_CAMERAS = [camera_pose(middle(v.camera_azimuth), middle(v.camera_elevation), middle(v.camera_distance),
-                             LOOK_AT + middle(v.look_at_shift))[0] for v in (SIM.visual, REAL.visual)]
-
-
-def draw_image_processing(rng, visual, horizon):
-    """The camera's own part of the picture: tone curve, noise, and which frames repeat the one before."""
-    x = np.arange(256) / 255
-    gain, tint, gamma = (uniform(rng, r) for r in (visual.gain, visual.tint, visual.gamma))
-    curve = [np.clip(255 * gain * (1 + sign * tint) * x ** gamma, 0, 255).round().astype(np.uint8) for sign in (1, 0, -1)]
-    plain = gain == gamma == 1 and tint == 0
-    return dict(shadow=uniform(rng, visual.shadow), side=uniform(rng, visual.light_side),
-                lut=None if plain else np.stack(curve),        # (3, 256)
-                noise=visual.noise, blur=visual.blur, seed=int(rng.integers(2 ** 31)),
-                stale=rng.random(horizon + 1) < visual.stale)
-
-
-# Sensor noise of sigma 1, in 1/16: drawn once and cut at random places, since fresh noise costs 10 x a look-up.
-NOISE = (16 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.int16)
-
-
-def process_image(image, look, step):
-    """Tone curve, blur and sensor noise of one frame (H, W, 3) uint8; the noise depends on episode and step only."""
-    if look["lut"] is not None:
-        image = look["lut"].ravel().take(image + np.array([0, 256, 512], np.uint16))    # one curve a channel
-    if look["blur"]:                                           # rows, then columns, with 1/4 1/2 1/4
-        wide = image.astype(np.uint16)
-        wide[1:-1] = wide[:-2] + 2 * wide[1:-1] + wide[2:] + 2 >> 2
-        wide[:, 1:-1] = wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:] + 2 >> 2
-        image = wide.astype(np.uint8)
-    if look["noise"]:
-        start = (look["seed"] + 7919 * step) % (len(NOISE) - image.size)
-        noise = (look["noise"] * NOISE[start:start + image.size] >> 4).reshape(image.shape)
-        image = np.clip(image + noise, 0, 255).astype(np.uint8)
-    return image
-
-# ---------------------------------------------------------------------------------------------- the environments
-
-
 class VecEnv:
     """N environments of one task (or of `all`), stepped together; each restarts by itself when its episode ends.
 
-    Args:
-        task: one of TASKS, or "all": every episode draws its task.
-        domain: "sim", "real" (the stand-in), "pretrain", or a Domain of your own.
-        num_envs: N.   seed: which sequence of episodes.   image_size: pixels (H = W); 0 = no pictures, no OpenGL.
-        variant: "seen", "unseen-objects" (held-out shapes and colours) or "unseen-states" (held-out start positions).
-        gap: which parts of `real` differ from `sim`, out of "visual", "dynamics", "objects".
-        reward: "events" = .2 first touch or grasp, 1 first success, -.4 success lost again, each once an episode;
-            "dense" = mean of the four terms in info["reward_terms"], in [0, 1] each step.
-        run_to_horizon: True = success and failure do not end the episode (only then can a success be lost).
-        paraphrase: True = draw the instruction from INSTRUCTION and PARAPHRASES; `pretrain` uses PARAPHRASES only.
-        first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed.
-    """
+    task: a name in TASKS, or "all": every episode draws its task.    domain: one of DOMAINS.    num_envs: N.
+    seed: which sequence of episodes.    image_size: pixels (H = W), 8 to 512; 0 = no pictures and no OpenGL.
+    variant: "seen", "unseen-objects" (held-out shapes, colours) or "unseen-states" (held-out starts); not in `pretrain`.
+    reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
+        "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
+    gap: which parts of `real` differ from `sim`.    paraphrase: True = draw the wording (`pretrain` always does).
+    run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
+    first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
 
-    def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events",
-                 gap=("visual", "dynamics", "objects"), run_to_horizon=False, paraphrase=False,
-                 first_episode=0, episode_stride=1):
-        problems = [f"{name}={got!r} is unknown; choose from {', '.join(known)}" for name, got, known in (
-            ("task", task, TASKS + ("all",)), ("domain", domain, DOMAINS), ("variant", variant, VARIANTS),
-            ("reward", reward, ("events", "dense"))) if got not in known and not isinstance(got, Domain)]
-        problems += [f"gap={part!r} is unknown; choose from visual, dynamics, objects" for part in gap
-                     if part not in ("visual", "dynamics", "objects")]
-        problems += [f"{name}={got!r}: need a whole number from {low} to {high}" for name, got, low, high in (
-            ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 2 ** 32 - 1), ("image_size", image_size, 0, 512),
-            ("first_episode", first_episode, 0, 2 ** 32), ("episode_stride", episode_stride, 1, 2 ** 32))
+    def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events", gap=Gap(),
+                 paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
+        wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
+            ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, REWARDS),
+            ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS)) if got not in known]
+        wrong += [f"{name} must be a whole number from {low} to {high}, got {got!r}" for name, got, low, high in (
+            ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512),
+            ("first_episode", first_episode, 0, 1 << 32), ("episode_stride", episode_stride, 1, 1 << 32))
             if not isinstance(got, (int, np.integer)) or not low <= got <= high]
-        if problems:
-            raise ValueError("VecEnv: " + "; ".join(problems))
-        self.tasks, self.num_envs, self.seed, self.image_size = (TASKS if task == "all" else (task,)), num_envs, seed, image_size
-        self.unseen, self.dense, self.run_to_horizon = variant, reward == "dense", run_to_horizon
-        self.first, self.stride = first_episode, episode_stride
-        self.domain_id = DOMAINS.index(domain) if domain in DOMAINS else len(DOMAINS)
-        self.domain = domain if isinstance(domain, Domain) else (SIM, REAL, PRETRAIN)[self.domain_id]
-        if domain == "real":
-            self.domain = dataclasses.replace(SIM, **{part: getattr(REAL, part) for part in gap})
-        self.wordings = {t: (INSTRUCTION[t],) * (domain != "pretrain") + PARAPHRASES[t] * (paraphrase or domain == "pretrain")
-                         for t in TASKS}
+        if wrong:
+            raise ValueError("VecEnv: " + "; ".join(wrong))
+        self.num_envs, self.seed, self.image_size, self.domain, n = num_envs, seed, image_size, domain, num_envs
+        self.tasks, self.unseen_states = list(TASKS) if task == "all" else [task], variant == "unseen-states"
+        self.dense, self.run_to_horizon = reward == "dense", run_to_horizon
+        self.first_episode, self.episode_stride = first_episode, episode_stride
+        column = {part: DOMAINS.index(domain) * (domain != "real" or getattr(gap, part)) for part in PARAMETERS}
+        self.parameters = {name: row[column[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
+        if variant == "unseen-objects":
+            self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
+        canonical, wordings = [[t.instruction] for t in TASKS.values()], [t.paraphrases for t in TASKS.values()]
+        self.wordings = dict(zip(TASKS, wordings if domain == "pretrain" else
+                                 map(list.__add__, canonical, wordings) if paraphrase else canonical))
         if image_size:
             open_gl()
         self.renderer = gl_renderer_name() if image_size else "none"
-        self.scenes = {name: Scene(name, num_envs, image_size) for name in sorted({SCENE_OF[t] for t in self.tasks})}
+        self.scenes = {name: Scene(name, n, image_size) for name in sorted({TASKS[t].scene for t in self.tasks})}
         self.seconds = dict(physics=0., gl=0.)                 # spent in mj_step and in OpenGL since the start
-        n = num_envs
-        self.episodes = [None] * n
-        self.scene_of = np.empty(n, object)                    # name of the scene that environment i is in
-        self.steps, self.latency = np.zeros((2, n), int)       # control steps so far; delay in blocks of 25 ms
-        self.target, self.target_frame = np.zeros((n, 3)), np.tile(np.eye(3), (n, 1, 1))     # controller's target pose
-        self.q_new, self.q_old, self.q_older = np.zeros((3, n, 7))     # joint set-points at the ends of three steps
-        self.grip_new, self.grip_old = np.zeros((2, n))        # finger set-points, m
-        self.scale = np.ones(n)
-        self.tcp, self.object, self.goal = np.zeros((3, n, 3))         # measured positions, m: see landmarks()
-        self.frame, self.fingers, self.finger_speed = np.zeros((n, 3, 3)), np.zeros(n), np.zeros(n)
-        self.start, self.object_yaw = np.zeros((n, 3, 3)), np.zeros(n)     # loose bodies at the start; yaw now
-        self.touched, self.succeeded, self.lost, self.diverged = np.zeros((4, n), bool)
-        self.start_distance = np.ones(n)
-        self.last_image = np.zeros((n, image_size, image_size, 3), np.uint8)
+        self.episode, self.steps, self.horizon, self.latency, self.named = np.zeros((5, n), int)    # latency in blocks
+        self.task, self.scene_of, self.instruction, self.drawn, self.acting = np.full((5, n), None)
+        self.scale, self.rest, self.stroke, self.start_distance, self.object_yaw = np.ones((5, n))
+        self.touched, self.succeeded, self.lost, self.diverged, self.touch, self.success, self.wrong = np.zeros((7, n), bool)
+        self.target, self.tcp, self.object, self.goal = np.zeros((4, n, 3))     # m: commanded TCP; measured TCP, ...
+        self.target_frame, self.frame, self.start = np.zeros((3, n, 3, 3))      # start: m, of the loose bodies
+        self.q_new, self.q_old, self.q_older = np.zeros((3, n, 7))              # set-points at the ends of three steps
+        self.grip_new, self.grip_old, self.opening, self.finger_speed = np.zeros((4, n))
+        self.images = np.zeros((n, image_size, image_size, 3), np.uint8)
 
-    # -- episodes
+    # -- starting an episode
 
     def reset(self):
-        """Start over with episode first_episode in environment 0. Returns the observation, see observe()."""
-        self.next_episode = self.first
+        """Start over: environment i gets episode first_episode + i * episode_stride. Returns observe() of all."""
+        self.next_episode = self.first_episode
         self.begin_episodes(np.arange(self.num_envs))
         return self.observe(np.arange(self.num_envs))
 
     def begin_episodes(self, ids):
         """Put environments ids into their next scenes; no other environment is touched."""
         self.start_robots(ids, [self.arrange(i) for i in ids])
-        for i in ids:
-            self.scenes[self.scene_of[i]].finish_reset(i)
-        self.read(ids)
-        self.start_distance[ids] = np.maximum(np.linalg.norm((self.object - self.goal)[ids], axis=1), 1e-3)
+        for _, scene, rows in self.members(ids):
+            scene.batch.set_const(rows)                        # what follows from sizes and masses
+            scene.batch.forward(rows)
+            for i in rows if self.image_size else ():
+                scene.models[i] = scene.batch.get_model(i, scene.models[i])
+        self.measure(ids)
+        self.start_distance[ids] = np.linalg.norm((self.object - self.goal)[ids], axis=1)
 
     def arrange(self, i):
-        """Draw the next episode of environment i and write its scene; returns the random stream of its dynamics."""
-        number, self.next_episode = self.next_episode, self.next_episode + self.stride
-        layout, things, looks, moves, acting = (np.random.default_rng([self.seed, self.domain_id, number, stream])
-                                                for stream in range(5))    # one stream a part: gap parts are independent
-        task = choice(layout, self.tasks)
-        scene = self.scenes[SCENE_OF[task]]
-        scene.batch.reset([i], stage=0)
-        for name, default in scene.default.items():
-            scene.field[name][i] = default
-        episode = Episode(number, task, choice(things, self.wordings[task]), 0, "", .028, 0., .2, {}, acting)
-        self.episodes[i], self.scene_of[i], self.steps[i] = episode, scene.name, 0
+        """Draw the next episode of environment i and write its scene; returns the random stream left for the robot."""
+        self.episode[i], self.next_episode = self.next_episode, self.next_episode + self.episode_stride
+        layout, *parts, self.acting[i] = (np.random.default_rng([self.seed, DOMAINS.index(self.domain), self.episode[i], k])
+                                          for k in range(5))   # a stream a part, so that Gap changes one part only
+        self.task[i] = draw(layout, self.tasks)
+        self.scene_of[i], self.horizon[i], self.steps[i] = *TASKS[self.task[i]][:2], 0
+        self.instruction[i] = draw(layout, self.wordings[self.task[i]])
         self.touched[i] = self.succeeded[i] = self.lost[i] = self.diverged[i] = False
-        self.apply_dynamics(scene, i, moves)
-        dict(pick=self.place_pick, push=self.place_push, drawer=self.place_drawer)[scene.name](scene, i, layout, things)
-        episode.look = self.apply_looks(scene, i, looks)
-        return moves
+        scene, drawn = self.scenes[self.scene_of[i]], types.SimpleNamespace()
+        for rng, part in zip(parts, PARAMETERS):
+            vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]}, rng=rng)
+        drawn.stale_frames = parts[0].random(self.horizon[i] + 1) < drawn.stale
+        drawn.noise_seed, self.drawn[i] = parts[0].integers(1 << 20), drawn
+        scene.batch.reset([i], stage=0)
+        for name, rows in scene.field.items():
+            rows[i] = getattr(scene.model, name)
+        dict(pick=self.place_pick, push=self.place_push, drawer=self.place_drawer)[self.scene_of[i]](scene, i, layout, drawn)
+        self.apply_looks(scene, i, drawn)
+        self.apply_dynamics(scene, i, drawn)
+        return parts[1]
 
-    def place_pick(self, scene, i, layout, things):
+    def start_xy(self, layout, name):
+        """A start position (2,) [m] in START[name], or in the band of UNSEEN_BAND around it."""
+        low, high = START[name]
+        while True:
+            xy = layout.uniform(low - UNSEEN_BAND * self.unseen_states, high + UNSEEN_BAND * self.unseen_states)
+            if not self.unseen_states or ((xy < low) | (xy > high)).any():
+                return xy
+
+    def place_pick(self, scene, i, layout, drawn):
         """An object of random shape, colour and yaw, and the dish."""
-        o, episode, unseen = self.domain.objects, self.episodes[i], self.unseen == "unseen-states"
-        episode.shape = choice(things, o.unseen_shapes if self.unseen == "unseen-objects" else o.shapes)
-        scale, colours = uniform(things, o.scale), (choice(things, o.colours), choice(things, o.accents))
-        low, wide = 0, .02
+        parts = [part.split() for part in SHAPES[drawn.shape].split(";")]
+        self.named[i] = self.rest[i] = 0
         for k in range(2):
-            if k >= len(SHAPES[episode.shape]):                # this shape has one part only: the other slot is off
-                scene.set_geom(i, f"object{k}", rgba=0, contype=0, conaffinity=0)
+            if k >= len(parts):                                # a shape of one part: the other slot is off
+                scene.set_geom(i, f"part{k}", rgba=0, contype=0, conaffinity=0)
                 continue
-            kind, size, centre, colour = SHAPES[episode.shape][k]
-            size, centre = scale * np.array(size), scale * np.array(centre)
-            scene.set_geom(i, f"object{k}", type=kind, size=size, pos=centre, rgba=(*colours[colour], 1),
-                           quat=ROD_ALONG_X if kind == ROD else (1, 0, 0, 0))
-            low = min(low, centre[2] - size[{CAN: 1, BALL: 0, ROD: 0}.get(kind, 2)])
-            wide = max(wide, size[0])
-        body, mass = scene.model.body("object").id, uniform(things, self.domain.dynamics.object_mass)
-        scene.field["body_mass"][i, body], scene.field["body_inertia"][i, body] = mass, .5 * mass * wide ** 2
-        friction = uniform(things, self.domain.dynamics.object_friction)
-        for k in range(2):
-            scene.set_geom(i, f"object{k}", friction=(friction, .005, .0005))
-        scene.set_geom(i, "dish_floor", rgba=(*choice(things, o.dish), 1))
-        wall, rgba = uniform(things, o.dish_wall), scene.field["geom_rgba"][i, scene.model.geom("dish_floor").id]
+            kind, numbers = parts[k][0], drawn.scale * np.array(parts[k][1:], float)
+            scene.set_geom(i, f"part{k}", type=GEOM_TYPE[kind.upper()], pos=numbers[:3], size=numbers[3:],
+                           rgba=(*(drawn.colour if kind.isupper() else drawn.accent), 1),
+                           quat=(.5 ** .5, 0, .5 ** .5, 0) if kind == "R" else (1, 0, 0, 0))
+            height = numbers[{"S": 3, "R": 3, "C": 4}.get(kind.upper(), 5)]
+            self.rest[i] = max(self.rest[i], height - numbers[2])      # m, of the origin when the object lies
+        scene.set_geom(i, "dish_floor", rgba=(*drawn.dish, 1))
         for k in range(8):
-            x, y, _ = scene.default["geom_pos"][scene.model.geom(f"dish_wall{k}").id]
-            scene.set_geom(i, f"dish_wall{k}", size=(.004, .0265, wall), pos=(x, y, wall), rgba=rgba * (.85, .85, .85, 1))
-        episode.rest, turned = -low, episode.shape in TURNED
-        yaw = layout.uniform(-TURN, TURN) * turned             # a yaw that nobody can see would only confuse a policy
-        xy = dish = np.zeros(2)
-        while np.linalg.norm(xy - dish) < PICK_START:
-            xy, dish = start_xy(layout, START_AREA["object"], unseen), start_xy(layout, START_AREA["dish"], unseen)
-        scene.qpos[i, 9:16] = *xy, episode.rest, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+            x, y, _ = scene.model.geom(f"dish_wall{k}").pos
+            scene.set_geom(i, f"dish_wall{k}", size=(.004, .0265, drawn.dish_wall), pos=(x, y, drawn.dish_wall),
+                           rgba=(*.85 * np.array(drawn.dish), 1))
+        yaw, xy, dish = layout.uniform(-START_TURN, START_TURN) * (drawn.shape not in UNTURNED), 0, 0
+        while np.linalg.norm(xy - dish) < START_APART:
+            xy, dish = self.start_xy(layout, "object"), self.start_xy(layout, "dish")
+        scene.qpos[i, 9:16] = *xy, self.rest[i], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
         scene.mocap_pos[i, 0] = *dish, 0
 
-    def place_push(self, scene, i, layout, things):
+    def place_push(self, scene, i, layout, drawn):
         """Three cubes of different colours in three lanes; the instruction names one."""
-        o, episode = self.domain.objects, self.episodes[i]
-        cubes = o.unseen_cubes if self.unseen == "unseen-objects" else o.cubes
-        colours = [cubes[k] for k in things.permutation(len(cubes))[:3]]
-        episode.named = int(layout.integers(3))
-        episode.instruction = episode.instruction.format(colour=colours[episode.named][0])
-        mass, friction = (uniform(things, r) for r in (self.domain.dynamics.object_mass, self.domain.dynamics.object_friction))
-        for k in range(3):
-            body = scene.model.body(f"cube{k}").id
-            scene.set_geom(i, f"cube{k}", rgba=(*colours[k][1], 1), friction=(.6 * friction, .005, .0001))
-            scene.field["body_mass"][i, body], scene.field["body_inertia"][i, body] = mass, mass * .056 ** 2 / 6
-            yaw, (x, y) = layout.uniform(-TURN, TURN) / 2, start_xy(layout, START_AREA["cube"], self.unseen == "unseen-states")
-            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = x, CUBE_Y[k] + y, .028, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        cubes = [drawn.cubes[k] for k in layout.permutation(len(drawn.cubes))[:3]]
+        self.named[i] = layout.integers(3)
+        self.instruction[i] = self.instruction[i].format(colour=cubes[self.named[i]][0])
+        for k, (_, rgb) in enumerate(cubes):
+            scene.set_geom(i, f"cube{k}", rgba=(*rgb, 1))
+            yaw, (x, y) = layout.uniform(-.5, .5) * START_TURN, self.start_xy(layout, "cube")
+            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = x, CUBE_LANES[k] + y, CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
 
-    def place_drawer(self, scene, i, layout, things):
+    def place_drawer(self, scene, i, layout, drawn):
         """The cabinet at the robot's right; its drawer slides along y."""
-        o, episode = self.domain.objects, self.episodes[i]
-        scene.mocap_pos[i, 0] = *start_xy(layout, START_AREA["cabinet"], self.unseen == "unseen-states"), 0
-        body, plate, scale = choice(things, o.cabinet), choice(things, o.handle), uniform(things, o.handle_scale)
-        if self.unseen == "unseen-objects":                    # another paint and a smaller handle
-            body, plate, scale = body[::-1] * np.array([.5, .8, 1.]), (.75, .12, .10), .75 * scale
         for geom in range(scene.model.ngeom):
-            if scene.model.geom(geom).name.startswith(("cabinet", "drawer")):
-                scene.field["geom_rgba"][i, geom] = *np.multiply(body, .9 if "floor" in scene.model.geom(geom).name else 1), 1
-        for name in ("handle", "handle_peg0", "handle_peg1"):
-            scene.set_geom(i, name, rgba=(*plate, 1))
-        scene.set_geom(i, "handle", size=np.array([.045, .005, .018]) * (scale, 1, scale))
-        episode.stroke = uniform(things, o.stroke)
-        scene.field["jnt_range"][i, 9] = 0, episode.stroke
-        scene.qpos[i, 9] = layout.uniform(*CLOSE_START) if episode.task == "close-drawer" else 0
+            name = scene.model.geom(geom).name
+            if name.startswith(("cabinet", "drawer", "handle")):
+                paint = drawn.handle if name.startswith("handle") else np.array(drawn.cabinet) * (.85 if "floor" in name else 1)
+                scene.set_geom(i, geom, rgba=(*paint, 1))
+        scene.set_geom(i, "handle", size=scene.model.geom("handle").size * (drawn.handle_scale, 1, drawn.handle_scale))
+        self.stroke[i] = scene.field["jnt_range"][i, 9, 1] = drawn.stroke
+        scene.field["dof_frictionloss"][i, 9], scene.field["dof_damping"][i, 9] = drawn.drawer_friction, drawn.drawer_damping
+        scene.mocap_pos[i, 0] = *self.start_xy(layout, "cabinet"), 0
+        scene.qpos[i, 9] = layout.uniform(*START_OPEN) if self.task[i] == "close-drawer" else 0
 
-    def apply_looks(self, scene, i, rng):
-        """Surroundings, light and camera of environment i; returns what process_image needs."""
-        v = self.domain.visual
-        texture, table, wall, robot = (choice(rng, options) for options in (v.textures, v.table, v.wall, v.robot))
-        material = scene.model.material(texture).id
-        scene.set_geom(i, "table", matid=material, rgba=(*table, 1))
-        scene.set_geom(i, "wall", rgba=(*wall, 1))
-        white = scene.default["geom_rgba"][:, 0] == np.float32(.95)
-        scene.field["geom_rgba"][i, white & (scene.model.geom_group == 1)] = *robot, 1
-        if rng.random() >= v.clutter:
-            for k in range(4):
-                scene.set_geom(i, f"clutter{k}", rgba=0)       # alpha 0 is not drawn at all
-        side = uniform(rng, v.light_side)
-        scene.field["light_dir"][i, 0] = np.array([-.25, -side, -1]) / np.linalg.norm([-.25, -side, -1])
-        scene.field["light_ambient"][i, 0], scene.field["light_diffuse"][i, 0] = uniform(rng, v.ambient), uniform(rng, v.diffuse)
-        near = FIXED_CAMERAS if self.domain is PRETRAIN else []
-        scene.field["cam_pos"][i, 0], scene.field["cam_quat"][i, 0], scene.field["cam_fovy"][i, 0] = draw_camera(rng, v, near)
-        return dict(draw_image_processing(rng, v, max(HORIZON.values())), side=side)
+    def apply_looks(self, scene, i, drawn):
+        """Surroundings, light, camera, and the tone curves of its image processing."""
+        scene.set_geom(i, "table", matid=scene.model.material(drawn.texture).id, rgba=(*drawn.table, 1))
+        scene.set_geom(i, "wall", rgba=(*drawn.wall, 1))
+        scene.field["geom_rgba"][i, scene.model.geom_group == 1, :3] = drawn.robot      # the white parts
+        for k in range(4 * (not drawn.clutter)):
+            scene.set_geom(i, f"clutter{k}", rgba=0)           # alpha 0 is not drawn at all
+        light, field = np.array([-.25, -drawn.light_side, -1]), scene.field
+        field["light_dir"][i, 0] = light / np.linalg.norm(light)
+        field["light_ambient"][i, 0], field["light_diffuse"][i, 0] = drawn.ambient, drawn.diffuse
+        field["cam_pos"][i, 0], field["cam_quat"][i, 0] = camera_pose(
+            drawn.camera_azimuth, drawn.camera_elevation, drawn.camera_distance, LOOK_AT + drawn.camera_shift)
+        field["cam_fovy"][i, 0] = drawn.camera_fovy
+        drawn.curves, ramp = None, (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
+        if (drawn.gain, drawn.tint, drawn.gamma) != (1, 0, 1):         # (3, 256): red, green, blue
+            drawn.curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
 
-    def apply_dynamics(self, scene, i, rng):
-        """Servo gains, delay and tracking of environment i."""
-        d = self.domain.dynamics
-        stiffness, damping = uniform(rng, d.servo_stiffness), uniform(rng, d.servo_damping)
-        for joint in range(7):
-            kp = stiffness * SERVO_KP[joint]
-            scene.set_gain(i, joint, kp, damping * kp, ARM_TORQUE[joint])
-        gripper, force = uniform(rng, d.gripper_damping), uniform(rng, d.gripper_force)
-        for finger in (7, 8):
-            scene.set_gain(i, finger, 1000., gripper, force)
-        self.scale[i] = uniform(rng, d.action_scale)
-        self.latency[i] = round(uniform(rng, d.latency) / (BLOCK_STEPS * PHYSICS_DT))
-        if scene.name == "drawer":
-            scene.field["dof_frictionloss"][i, 9] = uniform(rng, d.drawer_friction)
-            scene.field["dof_damping"][i, 9] = uniform(rng, d.drawer_damping)
+    def apply_dynamics(self, scene, i, drawn):
+        """Servos (force = kp (ctrl - q) - kv dq/dt, limited), delay, tracking; mass and friction of the loose bodies."""
+        kp = np.array([*(drawn.servo_stiffness * np.array(SERVO_KP)), FINGER_KP, FINGER_KP])
+        kv = np.array([*(drawn.servo_damping * kp[:7]), drawn.gripper_damping, drawn.gripper_damping])
+        force = np.array([*ARM_TORQUE, drawn.gripper_force, drawn.gripper_force])
+        field, loose = scene.field, np.isin(scene.model.geom_bodyid, scene.loose)
+        field["actuator_gainprm"][i, :, 0], field["actuator_biasprm"][i, :, 1:3] = kp, np.stack([-kp, -kv], 1)
+        field["actuator_forcerange"][i] = np.stack([-force, force], 1)
+        field["body_mass"][i, scene.loose], field["body_inertia"][i, scene.loose] = drawn.mass, .4 * drawn.mass * .03 ** 2
+        field["geom_friction"][i, loose, 0] = drawn.friction * (.6 if self.scene_of[i] == "push" else 1)
+        self.scale[i], self.latency[i] = drawn.action_scale, round(drawn.latency / (BLOCK_STEPS * PHYSICS_DT))
 
     def start_robots(self, ids, rngs):
-        """The arms near HOME, grippers open, controller target = where the tool really is."""
-        shift = self.domain.dynamics.start_tcp + (UNSEEN_BAND if self.unseen == "unseen-states" else 0.)
-        joints, move = np.array([(rng.uniform(-1, 1, 7), np.r_[rng.uniform(-1, 1, 3), np.zeros(4)]) for rng in rngs]).swapaxes(0, 1)
-        q = HOME + self.domain.dynamics.start_joints * joints
+        """The arms near HOME, grippers open, controller targets = where the tools really are."""
+        q = HOME + np.array([rng.uniform(-1, 1, 7) for rng in rngs]) * self.parameters["start_joints"]
         tcp, frame, _ = forward_kinematics(q)
-        q = inverse_kinematics(q, np.clip(tcp + shift * move[:, :3], *WORKSPACE), frame)
+        reach = self.parameters["start_tcp"] + UNSEEN_BAND * self.unseen_states
+        tcp = np.clip(tcp + np.array([rng.uniform(-1, 1, 3) for rng in rngs]) * reach, *WORKSPACE)
+        q = inverse_kinematics(q, tcp, frame)
         self.q_new[ids] = self.q_old[ids] = self.q_older[ids] = q
         self.target[ids], self.target_frame[ids], _ = forward_kinematics(q)
         self.grip_new[ids] = self.grip_old[ids] = FINGER_OPEN
-        start = np.concatenate([q, np.full((len(ids), 2), FINGER_OPEN)], 1)
-        for i, joints in zip(ids, start):
+        for i, joints in zip(ids, np.pad(q, ((0, 0), (0, 2)), constant_values=FINGER_OPEN)):
             scene = self.scenes[self.scene_of[i]]
             scene.qpos[i, :9] = scene.ctrl[i] = joints
 
     # -- one step
 
     def step(self, actions):
-        """Run chunks of actions (N, K, 7), see the header. An environment that ends inside a chunk skips the rest of it.
+        """Run chunks of actions (N, K, 7), see the header; an environment that ends inside a chunk skips the rest.
 
-        Returns obs (see observe; already of the next episode where one ended), reward (N,) float32 summed over the chunk,
-        terminated (N,) bool = success or failure, truncated (N,) bool = time limit or diverged simulation, never both,
-        and info: success (N,) at any time in this episode, failure, touched, diverged (N,) bool, clipped (N,) how many
-        actions exceeded ACTION_LIMIT, episode, length (N,) int, reward_terms {name: (N,)}, ended (M,) the environments
-        whose episode ended, final_obs their last observation (M rows) or None.
-        ValueError names every environment with a non-finite action, or the wrong shape."""
-        actions = self.check_actions(actions)
-        n = self.num_envs
-        reward, terms = np.zeros(n), collections.defaultdict(lambda: np.zeros(n))
-        terminated, truncated, failure = np.zeros((3, n), bool)
-        clipped = np.zeros(n, int)
+        Returns observe() of all (the next episode's first where one ended), reward (N,) float32 summed over the chunk,
+        terminated (N,) = success or failure, truncated (N,) = time limit or diverged simulation, never both, and info:
+        success (N,) at any time in this episode; failure, touched, diverged (N,); clipped (N,) actions beyond
+        ACTION_LIMIT; episode, length (N,); reward_terms {name: (N,)}; ended (M,) environments; final_obs: their last
+        observation (M rows) or None. ValueError: wrong shape, or non-finite actions, naming the environments."""
+        actions, n = np.asarray(actions, np.float64), self.num_envs
+        if actions.ndim != 3 or actions.shape[0] != n or actions.shape[1] < 1 or actions.shape[2] != 7:
+            raise ValueError(f"actions have shape {actions.shape}, need ({n}, K >= 1, 7): environments, actions a chunk, "
+                             "(dx dy dz droll dpitch dyaw gripper); a single action a: a[:, None]")
+        bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
+        if len(bad):
+            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()}); "
+                             "need metres, radians, gripper in [-1, 1]; look for nan in what computed them")
+        reward, clipped, terms = np.zeros(n), np.zeros(n, int), {name: np.zeros(n) for name in REWARD_TERMS}
+        terminated, truncated = np.zeros((2, n), bool)
         for action in actions.swapaxes(0, 1):                  # (N, 7)
             ids = np.flatnonzero(~(terminated | truncated))
             if not len(ids):
                 break
-            bounded = np.clip(action[ids], -ACTION_LIMIT, ACTION_LIMIT)
             clipped[ids] += (np.abs(action[ids]) > ACTION_LIMIT + 1e-6).any(1)
-            self.advance(ids, bounded)
+            self.advance(ids, np.clip(action[ids], -ACTION_LIMIT, ACTION_LIMIT))
             self.steps[ids] += 1
-            self.read(ids)
-            reward[ids] += self.judge(ids, failure, terms)
+            self.measure(ids)
+            reward[ids] += self.latch(ids, terms)
             if not self.run_to_horizon:
-                terminated[ids] = (self.succeeded | failure)[ids] & ~self.diverged[ids]
-            late = self.steps[ids] >= [HORIZON[self.episodes[i].task] for i in ids]
-            truncated[ids] = (late | self.diverged[ids]) & ~terminated[ids]
+                terminated[ids] = ((self.succeeded | self.wrong) & ~self.diverged)[ids]
+            truncated[ids] = (((self.steps >= self.horizon) | self.diverged) & ~terminated)[ids]
         ended = np.flatnonzero(terminated | truncated)
-        info = dict(success=self.succeeded.copy(), failure=failure, touched=self.touched.copy(), clipped=clipped,
-                    diverged=self.diverged.copy(), episode=np.array([e.number for e in self.episodes]),
-                    length=self.steps.copy(), reward_terms=dict(terms), ended=ended,
-                    final_obs=self.observe(ended) if len(ended) else None)
+        info = dict(success=self.succeeded.copy(), failure=self.wrong & ~self.succeeded, touched=self.touched.copy(),
+                    diverged=self.diverged.copy(), clipped=clipped, episode=self.episode.copy(), length=self.steps.copy(),
+                    reward_terms=terms, ended=ended, final_obs=self.observe(ended) if len(ended) else None)
         if len(ended):
             self.begin_episodes(ended)
         return self.observe(np.arange(n)), reward.astype(np.float32), terminated, truncated, info
 
-    def check_actions(self, actions):
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 3 or actions.shape[0] != self.num_envs or actions.shape[1] < 1 or actions.shape[2] != 7:
-            raise ValueError(f"actions have shape {actions.shape}, need ({self.num_envs}, K >= 1, 7): environments, "
-                             "actions a chunk, (dx dy dz droll dpitch dyaw gripper); for one action use actions[:, None]")
-        bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
-        if len(bad):
-            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()}); "
-                             "need metres, radians and a gripper in [-1, 1]; check the policy's outputs for nan")
-        return actions
+    def members(self, ids):
+        """(name, scene, rows) of every scene that some of the environments ids are in."""
+        groups = [(name, scene, ids[self.scene_of[ids] == name]) for name, scene in self.scenes.items()]
+        return [group for group in groups if len(group[2])]
 
     def advance(self, ids, action):
         """0.2 s of simulation: move the target poses, solve for joints, feed the set-points in blocks of 25 ms."""
@@ -955,118 +742,90 @@ class VecEnv:
         self.q_older[ids], self.q_old[ids], self.grip_old[ids] = self.q_old[ids], self.q_new[ids], self.grip_new[ids]
         self.q_new[ids] = inverse_kinematics(self.q_old[ids], self.target[ids], self.target_frame[ids])
         self.grip_new[ids] = FINGER_CLOSED + (action[:, 6] + 1) / 2 * (FINGER_OPEN - FINGER_CLOSED)
-        groups = [(scene, ids[self.scene_of[ids] == name]) for name, scene in self.scenes.items()]
-        groups = [(scene, rows) for scene, rows in groups if len(rows)]
-        alarms = [scene.batch.warning[rows, :, 1].sum(1) for scene, rows in groups]
+        groups = self.members(ids)
+        alarms = [scene.batch.warning[rows, :, 1].sum(1) for _, scene, rows in groups]
+        before = time.perf_counter()
         for block in range(BLOCKS):
-            # progress through this step's set-points; negative while the delayed robot still follows the last step's
+            # progress through this step's set-points; negative while a delayed robot still follows the last step's
             s = ((block + 1 - self.latency) / BLOCKS)[:, None]                          # (N, 1)
             q = (self.q_old + np.clip(s, 0, 1) * (self.q_new - self.q_old)
                  + np.clip(-s, 0, 1) * (self.q_older - self.q_old))                     # (N, 7)
             grip = np.where(s > 0, self.grip_new[:, None], self.grip_old[:, None])      # (N, 1)
-            for scene, rows in groups:
+            for _, scene, rows in groups:
                 scene.ctrl[rows, :7], scene.ctrl[rows, 7:9] = q[rows], grip[rows]
-                before = time.perf_counter()
                 try:
                     scene.batch.step(rows, nstep=BLOCK_STEPS)
-                except SimulationError as error:               # the others ran on
+                except SimulationError as error:               # the other simulations ran on
                     self.diverged[error.ids] = True
-                self.seconds["physics"] += time.perf_counter() - before
-        for (scene, rows), alarm in zip(groups, alarms):       # MuJoCo resets a diverged simulation and counts a warning
-            self.diverged[rows] |= scene.batch.warning[rows, :, 1].sum(1) > alarm
-            self.diverged[rows] |= ~np.isfinite(scene.batch.state[rows]).all(1)
+        self.seconds["physics"] += time.perf_counter() - before
+        for (_, scene, rows), alarm in zip(groups, alarms):    # MuJoCo resets a diverged simulation and counts a warning
+            self.diverged[rows] |= ((scene.batch.warning[rows, :, 1].sum(1) > alarm)
+                                    | ~np.isfinite(scene.batch.state[rows]).all(1))
 
-    def read(self, ids):
-        """Measured tool, object and goal of environments ids, from the simulations' state."""
-        ids = np.asarray(ids)
-        for name, scene in self.scenes.items():
-            rows = ids[(self.scene_of[ids] == name) & ~self.diverged[ids]]
-            if not len(rows):
-                continue
-            qpos, fresh = scene.qpos[rows], self.steps[rows] == 0
+    def measure(self, ids):
+        """Read tool, object, goal, touch, success and failure from the simulations of environments ids."""
+        for name, scene, rows in self.members(ids[~self.diverged[ids]]):
+            qpos, sensor, named = scene.qpos[rows], scene.sensor[rows], self.named[rows]
             self.tcp[rows], self.frame[rows], _ = forward_kinematics(qpos[:, :7])
-            self.fingers[rows], self.finger_speed[rows] = qpos[:, 7:9].sum(1), np.abs(scene.qvel[rows, 7:9]).max(1)
+            self.opening[rows], self.finger_speed[rows] = qpos[:, 7:9].sum(1), np.abs(scene.qvel[rows, 7:9]).max(1)
             if name == "drawer":
-                opens = np.array([self.episodes[i].task == "open-drawer" for i in rows])
-                stroke = np.array([self.episodes[i].stroke for i in rows])
-                handle = scene.mocap_pos[rows, 0] + (0, .166, .055)
-                self.object[rows], self.goal[rows] = handle, handle
-                self.object[rows, 1] += qpos[:, 9]
-                self.goal[rows, 1] += opens * stroke
+                slide, opens = qpos[:, 9], self.task[rows] == "open-drawer"
+                handle = scene.mocap_pos[rows, 0] + HANDLE     # (n, 3)
+                self.object[rows] = handle + slide[:, None] * (0, 1, 0)
+                self.goal[rows] = handle + (opens * self.stroke[rows])[:, None] * (0, 1, 0)
+                self.touch[rows] = sensor[:, 0] > 0
+                self.success[rows] = np.where(opens, slide > OPEN_DISTANCE, slide < CLOSE_DISTANCE)
                 continue
             bodies = qpos[:, 9:].reshape(len(rows), -1, 7)     # loose bodies: xyz, quaternion
+            fresh, every = self.steps[rows] == 0, np.arange(len(rows))
             self.start[rows[fresh], :bodies.shape[1]] = bodies[fresh, :, :3]
-            named = np.array([self.episodes[i].named for i in rows])
-            w, z = bodies[np.arange(len(rows)), named][:, [3, 6]].T
-            self.object[rows], self.object_yaw[rows] = bodies[np.arange(len(rows)), named, :3], 2 * np.arctan2(z, w)
-            self.goal[rows] = (scene.mocap_pos[rows, 0] if name == "pick" else
-                               self.start[rows, named] + (PUSH_DISTANCE + .02, 0, 0))
-
-    def judge(self, ids, failure, terms):
-        """Latches and reward (n,) of environments ids after a control step; fills failure (N,) and terms {name: (N,)}."""
-        touch, success = np.zeros((2, self.num_envs), bool)
-        for name, scene in self.scenes.items():
-            rows = ids[(self.scene_of[ids] == name) & ~self.diverged[ids]]
-            if not len(rows):
-                continue
-            sensor = scene.sensor[rows]
+            self.object[rows] = bodies[every, named, :3]
+            self.object_yaw[rows] = 2 * np.arctan2(bodies[every, named, 6], bodies[every, named, 3])
             if name == "pick":
-                touch[rows] = (np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2) > GRASP_FORCE).all(1)
-                rest = np.array([self.episodes[i].rest for i in rows])
-                across, height = (self.object - self.goal)[rows, :2], (self.object - self.goal)[rows, 2] - rest
-                success[rows] = ((np.linalg.norm(across, axis=1) < PICK_RADIUS) & (height > 0) & (height < PICK_HEIGHT)
-                                 & ~(np.abs(sensor) > 0).any(1)
-                                 & (np.linalg.norm((self.tcp - self.object)[rows], axis=1) > PICK_CLEAR))
-            elif name == "push":
-                named = np.array([self.episodes[i].named for i in rows])
-                cubes = scene.qpos[rows, 9:].reshape(-1, 3, 7)[..., :3]
-                moved = np.linalg.norm((cubes - self.start[rows])[..., :2], axis=2)     # (n, 3)
-                wrong = np.where(np.arange(3) == named[:, None], 0, moved).max(1) > PUSH_WRONG
-                touch[rows] = sensor[np.arange(len(rows)), named] > 0
-                forward = (self.object[rows] - self.start[rows, named])[:, 0]
-                success[rows] = (forward > PUSH_DISTANCE) & ~wrong
-                failure[rows] |= wrong & ~self.succeeded[rows]
+                self.goal[rows] = scene.mocap_pos[rows, 0]
+                gap, force = self.object[rows] - self.goal[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)   # m, N
+                height, clear = gap[:, 2] - self.rest[rows], np.linalg.norm(self.tcp[rows] - self.object[rows], axis=1)
+                self.touch[rows] = (force > GRASP_FORCE).all(1)
+                self.success[rows] = ((np.linalg.norm(gap[:, :2], axis=1) < PICK_RADIUS) & (0 < height)
+                                      & (height < PICK_HEIGHT) & (force == 0).all(1) & (clear > PICK_CLEAR))
             else:
-                touch[rows] = sensor[:, 0] > 0
-                opens = np.array([self.episodes[i].task == "open-drawer" for i in rows])
-                success[rows] = np.where(opens, scene.qpos[rows, 9] > OPEN_DISTANCE, scene.qpos[rows, 9] < CLOSE_DISTANCE)
-        distance = np.linalg.norm(self.object - self.goal, axis=1) / self.start_distance
-        now = dict(reach=1 - np.tanh(5 * np.linalg.norm(self.tcp - self.object, axis=1)), touch=touch.astype(float),
-                   progress=1 - np.clip(distance, 0, 1), success=success.astype(float))
-        for name, value in now.items():
+                self.goal[rows] = self.start[rows, named] + (PUSH_DISTANCE + .02, 0, 0)
+                moved, others = bodies[..., :2] - self.start[rows, :, :2], named[:, None] != np.arange(3)   # (n, 3, 2), (n, 3)
+                self.wrong[rows] = (np.linalg.norm(moved, axis=2) * others).max(1) > PUSH_WRONG
+                self.touch[rows] = sensor[every, named] > 0
+                self.success[rows] = (moved[every, named, 0] > PUSH_DISTANCE) & ~self.wrong[rows]
+
+    def latch(self, ids, terms):
+        """Reward (n,) of environments ids after a control step; updates the latches, adds to terms {name: (N,)}."""
+        touch, success = self.touch & ~self.diverged, self.success & ~self.diverged
+        reach = 1 - np.tanh(5 * np.linalg.norm(self.tcp - self.object, axis=1))
+        progress = 1 - np.clip(np.linalg.norm(self.object - self.goal, axis=1) / self.start_distance, 0, 1)
+        for name, value in zip(REWARD_TERMS, (reach, touch, progress, success)):
             terms[name][ids] += value[ids]
-        event = (REWARD_TOUCH * (touch & ~self.touched) + REWARD_SUCCESS * (success & ~self.succeeded)
-                 + REWARD_LOST * (~success & self.succeeded & ~self.lost))
-        self.lost[ids] |= (~success & self.succeeded)[ids]
-        self.touched[ids] |= touch[ids]
-        self.succeeded[ids] |= success[ids]
-        return (sum(now.values()) / len(now) if self.dense else event)[ids]
+        lost = self.succeeded & ~success & ~self.lost
+        event = REWARD_TOUCH * (touch & ~self.touched) + REWARD_SUCCESS * (success & ~self.succeeded) + REWARD_LOST * lost
+        for latch, now in ((self.touched, touch), (self.succeeded, success), (self.lost, lost)):
+            latch[ids] |= now[ids]
+        return ((reach + touch + progress + success) / 4 if self.dense else event)[ids]
 
     # -- what is seen
 
     def observe(self, ids):
-        """Observation of environments ids: images (n, H, W, 3) uint8 (absent if image_size = 0), instructions, a list
-        of n strings, and state (n, 8) float32. Fresh arrays; roll is in [0, 2 pi) so that straight down is pi."""
+        """Observation of environments ids: images (n, H, W, 3) uint8 (absent if image_size is 0), instructions, a list
+        of n strings, and state (n, 8) float32; fresh arrays. Roll is in [0, 2 pi), so straight down is pi."""
         euler = euler_of(self.frame[ids])
         euler[:, 0] %= 2 * np.pi
-        state = np.concatenate([self.tcp[ids], euler, self.fingers[ids, None], np.zeros((len(ids), 1))], 1)
-        obs = dict(instructions=[self.episodes[i].instruction for i in ids], state=state.astype(np.float32))
+        state = np.concatenate([self.tcp[ids], euler, self.opening[ids, None], np.zeros((len(ids), 1))], 1)
+        obs = dict(instructions=list(self.instruction[ids]), state=state.astype(np.float32))
         if self.image_size:
+            open_gl()
             for i in ids:
-                self.last_image[i] = self.render(i)
-            obs["images"] = self.last_image[ids]               # a copy
+                if not self.drawn[i].stale_frames[self.steps[i]] or self.steps[i] == 0:
+                    image, seconds = self.scenes[self.scene_of[i]].render(i, self.tcp[i], self.drawn[i])
+                    self.images[i] = process_image(image, self.drawn[i], self.steps[i])
+                    self.seconds["gl"] += seconds
+            obs["images"] = self.images[ids]                   # a copy
         return obs
-
-    def render(self, i):
-        """The camera's picture of environment i now, (H, W, 3) uint8."""
-        look, step = self.episodes[i].look, int(self.steps[i])
-        if look["stale"][step] and step > 0:
-            return self.last_image[i]
-        before = time.perf_counter()
-        open_gl()
-        image = self.scenes[self.scene_of[i]].render(i, look["shadow"], look["side"])
-        self.seconds["gl"] += time.perf_counter() - before
-        return process_image(image, look, step)
 
     def landmarks(self):
         """(N, 3, 3) float32 positions [m] of tool, named object (or handle) and goal: labels for auxiliary losses."""
@@ -1079,136 +838,110 @@ class VecEnv:
                 open_gl()
                 scene.context.free()
 
-# ---------------------------------------------------------------------------------------------- experts
+# ----------------------------------------------------------------------------------------------- experts
 
 
 class Expert:
     """Closed-loop scripted demonstrator of every environment in env, from the simulator's state.
 
-        expert = Expert(env);  executed, label = expert.act();  env.step(executed[:, None])
+        expert = Expert(env);     executed, label = expert.act();     env.step(executed[:, None])
 
-    style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma ~ U(0, noise) once an episode, so
-    that demonstrations contain recoveries while their labels stay clean (DART, Laskey et al. 2017).
-    style "teleop": an imperfect person: slower or faster, systematically a few mm off, with pauses, one overshoot and
-    correlated noise; label = executed, as a recording would have it.
-    What an episode's demonstrator does depends on the episode only, not on num_envs."""
+    style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma ~ U(0, noise) once an episode: such
+    demonstrations contain recoveries while their labels stay clean (DART, Laskey et al. 2017).
+    style "teleop": an imperfect person: slower or faster, a few mm off, with pauses, an overshoot and correlated noise;
+    label = executed, as in a recording. What happens in an episode depends on the episode only, not on num_envs."""
 
-    SPEED, TURN_SPEED = .04, .25                               # m and rad per control step
+    SPEED, TURN_SPEED = .04, .25                               # m and rad a control step
 
     def __init__(self, env, style="expert", noise=0.):
         if style not in ("expert", "teleop") or not 0 <= noise <= .02:
-            raise ValueError(f"Expert: got style={style!r}, noise={noise!r}; need 'expert' or 'teleop' and 0 <= noise <= .02 m")
+            raise ValueError(f"Expert: got style {style!r}, noise {noise!r}; need expert or teleop, 0 <= noise <= .02 m")
         self.env, self.teleop, self.noise = env, style == "teleop", noise
-        self.plan, self.number, self.habit = ([None] * env.num_envs for _ in range(3))
+        self.plan, self.habit = ([None] * env.num_envs for _ in range(2))
 
     def act(self):
         """Next actions: executed (N, 7) and label (N, 7), see the class."""
-        env = self.env
-        executed, label = np.zeros((2, env.num_envs, 7))
-        for i, episode in enumerate(env.episodes):
-            if self.number[i] is not episode:
-                self.number[i], self.habit[i] = episode, self.draw_habit(episode.rng)
-                self.plan[i] = getattr(self, episode.task.replace("-", "_"))(i)
-            habit, rng = self.habit[i], episode.rng
-            habit["drift"] = .7 * habit["drift"] + rng.normal(0, 1, 6)
-            if self.teleop and habit["pause"] > 0:
-                habit["pause"] -= 1
-                label[i, 6] = habit["grip"]
-            else:
-                label[i] = next(self.plan[i])
-                habit["grip"] = label[i, 6]
-                if self.teleop and rng.random() < .02:
-                    habit["pause"] = rng.integers(1, 4)
-            executed[i] = label[i]
-            executed[i, :6] += habit["sigma"] * habit["drift" if self.teleop else "white"] * (1, 1, 1, 3, 3, 3)
-            habit["white"] = rng.normal(0, 1, 6)
+        executed, label = np.zeros((2, self.env.num_envs, 7))
+        for i, rng in enumerate(self.env.acting):
+            if self.plan[i] is None or self.habit[i].rng is not rng:       # a new episode
+                self.habit[i] = types.SimpleNamespace(
+                    rng=rng, speed=rng.uniform(.6, 1.1) if self.teleop else 1., offset=rng.normal(0, .003, 3) * self.teleop,
+                    overshoot=rng.uniform(.01, .02) * self.teleop, pause=0, grip=1., drift=np.zeros(6),
+                    sigma=.0012 if self.teleop else rng.uniform(0, self.noise))
+                self.plan[i] = getattr(self, self.env.task[i].replace("-", "_"))(i)
+            habit = self.habit[i]
+            habit.drift = rng.normal(0, 1, 6) + (.7 * habit.drift if self.teleop else 0)
+            habit.pause = rng.integers(1, 4) if self.teleop and rng.random() < .02 else max(habit.pause - 1, 0)
+            label[i] = np.array([0, 0, 0, 0, 0, 0, habit.grip]) if habit.pause else next(self.plan[i])
+            habit.grip = label[i, 6]
+            executed[i] = label[i] + np.r_[habit.sigma * habit.drift * (1, 1, 1, 3, 3, 3), 0]
         executed = np.clip(executed, -ACTION_LIMIT, ACTION_LIMIT)
         return executed, executed.copy() if self.teleop else label
 
-    def draw_habit(self, rng):
-        """How this episode's demonstrator differs from a perfect one."""
-        sigma = .0012 if self.teleop else rng.uniform(0, self.noise)
-        return dict(speed=rng.uniform(.6, 1.1) if self.teleop else 1., sigma=sigma, drift=np.zeros(6), white=rng.normal(0, 1, 6),
-                    offset=rng.normal(0, .003, 3) * self.teleop, overshoot=rng.uniform(.01, .02) * self.teleop, pause=0, grip=1.)
+    # A plan is a generator of actions. It reads like a recipe and looks at the scene before every step; should something
+    # slip, it starts again. where() is a position [m] that may change while the tool is on its way.
 
-    # A plan is a generator of actions: it reads like the recipe that it is, and looks at the scene at every step.
-
-    def move(self, i, where, grip, tolerance=.010, align=False):
-        """Move the controller's target to where() [m], at limited speed, and return when it is within tolerance."""
+    def move(self, i, where, grip, tolerance=.010, align=False, most=25):
+        """Move the controller's target to where(); done within tolerance [m], or after `most` steps."""
         env, habit = self.env, self.habit[i]
-        for _ in range(25):                                    # then go on: the plan's own checks decide
-            gap = where() + habit["offset"] - env.target[i]
-            gap = np.clip(env.target[i] + gap, *WORKSPACE) - env.target[i]
-            heading = euler_of(env.target_frame[i:i + 1])[0, 2]
+        for _ in range(most):
+            gap = np.clip(where() + habit.offset, *WORKSPACE) - env.target[i]
+            heading = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0])
             turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2 if align else 0.
             distance = np.linalg.norm(gap)
             if distance < tolerance and abs(turn) < .06:
                 return
-            if habit["overshoot"] and distance < self.SPEED:   # once: a little too far, then back
-                gap, habit["overshoot"] = gap * (1 + habit["overshoot"] / max(distance, .01)), 0
-            speed = self.SPEED * habit["speed"]
-            action = np.zeros(7)
-            action[:3] = gap * min(1, speed / max(np.linalg.norm(gap), 1e-9)) / env.scale[i]
-            action[5] = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED) / env.scale[i]
-            action[6] = grip
-            yield action
+            if habit.overshoot and distance < self.SPEED:      # once: a little too far, then back
+                gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
+            gap = gap * min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
+            yield np.r_[gap / env.scale[i], 0, 0, np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED) / env.scale[i], grip]
 
-    def hold(self, i, grip, least=2, most=8):
-        """Keep still while the fingers move."""
-        for k in range(most):
+    def hold(self, i, grip):
+        """Keep still until the fingers do."""
+        for k in range(8):
             yield np.array([0, 0, 0, 0, 0, 0, grip])
-            if k + 1 >= least and self.env.finger_speed[i] < .004:
+            if k > 0 and self.env.finger_speed[i] < .004:
                 return
 
     def pick_place(self, i):
         env = self.env
         while True:
-            above = lambda h: lambda: env.object[i] + (0, 0, h)                         # noqa: E731
-            dish = lambda h: lambda: np.array([*env.goal[i, :2], h])                    # noqa: E731
-            yield from self.move(i, above(.09), 1, .012, align=True)
-            yield from self.move(i, above(0), 1, .005, align=True)
+            yield from self.move(i, lambda: env.object[i] + (0, 0, .09), 1, .012, align=True)
+            yield from self.move(i, lambda: env.object[i], 1, .005, align=True)
             yield from self.hold(i, -1)
-            spot = env.target[i].copy()
-            yield from self.move(i, lambda: spot + (0, 0, .12), -1, .02)
-            if env.object[i, 2] > .07:                         # else it slipped: try again
-                yield from self.move(i, dish(.15), -1)
-                yield from self.move(i, dish(.075), -1)
+            yield from self.move(i, lambda: env.target[i] * (1, 1, 0) + (0, 0, .15), -1, .02)
+            if env.object[i, 2] > .07:                         # else it slipped
+                yield from self.move(i, lambda: env.goal[i] + (0, 0, .15), -1)
+                yield from self.move(i, lambda: env.goal[i] + (0, 0, .075), -1)
             yield from self.hold(i, 1)
             yield from self.move(i, lambda: env.target[i] * (1, 1, 0) + (0, 0, .17), 1, .02)
 
     def push_cube(self, i):
         env = self.env
         while True:
-            behind = lambda h: lambda: np.array([env.object[i, 0] - .075, env.object[i, 1], h])     # noqa: E731
-            yield from self.move(i, behind(.12), -1, .012)
-            yield from self.move(i, behind(.025), -1, .008)
-            for _ in range(12):
-                if abs(env.object[i, 1] - env.target[i, 1]) > .025 or env.object[i, 0] > env.goal[i, 0]:
-                    break
-                ahead = lambda: np.array([env.target[i, 0] + .04, env.object[i, 1], .025])          # noqa: E731
-                yield next(self.move(i, ahead, -1, 0))
+            yield from self.move(i, lambda: env.object[i] * (1, 1, 0) + (-.075, 0, .12), -1, .012)
+            yield from self.move(i, lambda: env.object[i] * (1, 1, 0) + (-.075, 0, .025), -1, .008)
+            while env.object[i, 0] < env.goal[i, 0] and abs(env.object[i, 1] - env.target[i, 1]) < .03:
+                yield from self.move(i, lambda: np.array([env.target[i, 0] + .04, env.object[i, 1], .025]), -1, 0, most=1)
             yield from self.move(i, lambda: env.target[i] * (1, 1, 0) + (0, 0, .14), -1, .03)
 
     def open_drawer(self, i):
         env = self.env
         while True:
-            handle = lambda h: lambda: env.object[i] + (0, 0, h)                        # noqa: E731
-            yield from self.move(i, handle(.10), 1, .012)
-            yield from self.move(i, handle(.003), 1, .006)
+            yield from self.move(i, lambda: env.object[i] + (0, 0, .10), 1, .012)
+            yield from self.move(i, lambda: env.object[i] + (0, 0, .003), 1, .006)
             yield from self.hold(i, -1)
-            for _ in range(14):
+            for _ in range(10):
+                yield from self.move(i, lambda: env.target[i] + (0, .04, 0), -1, 0, most=1)
                 if abs(env.object[i, 1] - env.tcp[i, 1]) > .03:
                     break                                      # the handle slipped out
-                yield next(self.move(i, lambda: env.target[i] + (0, .04, 0), -1, 0))
             yield from self.hold(i, 1)
-            yield from self.move(i, handle(.12), 1, .03)
+            yield from self.move(i, lambda: env.object[i] + (0, 0, .12), 1, .03)
 
     def close_drawer(self, i):
         env = self.env
         while True:
-            front = lambda h: lambda: env.object[i] + (0, .05, h)                       # noqa: E731
-            yield from self.move(i, front(.10), -1, .015)
-            yield from self.move(i, front(0), -1, .010)
-            for _ in range(14):
-                yield next(self.move(i, lambda: np.array([env.object[i, 0], env.target[i, 1] - .04, env.object[i, 2]]), -1, 0))
-            yield from self.move(i, front(.10), -1, .03)
+            yield from self.move(i, lambda: env.object[i] + (0, .05, .10), -1, .015)
+            yield from self.move(i, lambda: env.object[i] + (0, .05, 0), -1)
+            yield from self.move(i, lambda: env.goal[i] + (0, -.03, 0), -1)
+            yield from self.move(i, lambda: env.object[i] + (0, .05, .10), -1, .03)

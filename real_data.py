@@ -2,22 +2,21 @@
 
     Stage I    L = alpha * L_SFT(sim) + (1 - alpha) * L_SFT(real)       (RL-Co, arXiv 2602.12628)
 
-realised by sampling: every training sample comes from the simulated set with probability alpha, else from the real
-one, whatever the sizes of the two sets. So alpha = 0 is real-only training, alpha = 1 is simulation-only.
+realised by sampling: every training sample is simulated with probability alpha, else real, whatever the sizes of
+the two sets. alpha = 0 trains on real data only, alpha = 1 on simulation only.
 
-    python real_data.py --make --domain real --task open-drawer --episodes 50 --out demos/real   # record demonstrations
+    python real_data.py --make --domain real --task open-drawer --episodes 50 --out demos/real   # record
     python real_data.py demos/real                                                               # data set card
 
     demos = open_dataset("demos/real", image_size=64, horizon=8)       # a LeRobot folder (v2.1, v3.0) or a hub id
     train, held_out = demos.split(0.1)                                 # whole episodes
-    sampler = MixSampler(sim=None, real=train, alpha=0, batch=32)
-    batch = next(sampler)              # images (B,H,W,3) uint8, instructions, actions (B,K,7), pad (B,K), state (B,S)
+    batch = next(MixSampler(sim=None, real=train, alpha=0, batch=32))  # a dict, see Demos.batch
 
-Shapes     N frames of E episodes, B batch, K = horizon (actions per chunk), C cameras, H x W pixels, S state size
+Shapes     N frames of E episodes, B batch, K actions per sample (horizon), C cameras, A action and S state size
 Actions    (7,) = dx dy dz [m], droll dpitch dyaw [rad] per control step in the robot base frame, gripper in
-           [-1 close, +1 open]. Physical units, as stored; normalisation belongs to the policy's checkpoint.
-Pixels     decoded once into a memory-mapped uint8 file (~/.cache/sim_real_frames), named after a hash of the data, so
-           that a changed data set or another size gets another file; delete the folder whenever you like.
+           [-1 close, +1 open]; physical units as stored. Normalisation belongs to the policy's checkpoint.
+Pixels     are decoded once into a memory-mapped uint8 file in ~/.cache/sim_real_frames. Its name is a hash of
+           the data and the size, so changed data get a new file; delete that folder whenever you like.
 """
 import argparse
 import collections
@@ -37,7 +36,7 @@ import sys
 import tempfile
 import warnings
 
-import imageio_ffmpeg                        # imageio's ffmpeg plugin: brings its own ffmpeg, AV1 and h264 included
+import imageio_ffmpeg                        # imageio's ffmpeg plugin brings its own ffmpeg: h264, AV1
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,207 +46,188 @@ from tqdm import tqdm
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper_opening", "zero")
-ACTION_DIM = len(ACTION_NAMES)
+CONTROL_HZ = 5                               # of envs.py
 VERSIONS = ("v2.0", "v2.1", "v3.0")          # v2.0 differs from v2.1 only in where it keeps statistics
 TIME_TOLERANCE = 1e-4                        # s between a row's time and its video frame; LeRobot's own limit
-MIN_RANGE = 1e-3                             # m or rad; q99 - q01 below this is noise, not motion
-VIDEO_CRF = 18                               # h264 quality: 0 lossless, 51 worst
+MIN_RANGE = 1e-3                             # m or rad; a dimension with q99 - q01 below this does not move
 MAX_CAMERAS = 3                              # pi0.5 has three camera slots
-CHUNK_FILES = 1000                           # files per chunk folder, LeRobot's default
-CHUNK_PATH = "chunk-{chunk_index:03d}/file-{file_index:03d}"
-CACHE_FORMAT = 1                             # raise it when the pixels in the cache would come out differently
-
+CHUNK_FILES = 1000                           # files per folder, LeRobot's default
+VIDEO_CRF = 18                               # h264 quality of the sets written here: 0 lossless, 51 worst
+CACHE_FORMAT = 1                             # raise it when cached pixels would come out differently
 
 # ------------------------------------------------------------------------------------- problems, all at once
 
+
 def ranges(numbers):
-    """[0, 3, 4, 5] -> '0, 3-5'."""
-    numbers, out = sorted(set(numbers)), []
-    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in run]
-        out.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ", ".join(out)
+    """[5, 0, 3, 4] -> '0, 3-5'."""
+    runs = itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 class Problems(collections.defaultdict):
-    """{what is wrong: [episode, ...]}: collected first, reported together, so that one run shows every offender."""
+    """{what is wrong: [episode, ...]}. Collected, then raised together: one run shows every offender."""
 
     def __init__(self):
         super().__init__(list)
 
-    def lines(self):
-        return [text + (f": episode {ranges(episodes)}" if episodes else "") for text, episodes in self.items()]
-
     def stop(self, where):
         if self:
-            listed = "\n".join("  - " + line for line in self.lines())
+            listed = "\n".join(f"  - {what}" + (f": episode {ranges(which)}" if which else "")
+                               for what, which in self.items())
             raise ValueError(f"{where}: {len(self)} kind(s) of problem, nothing was written\n{listed}\n"
-                             "repair or remove these episodes and try again")
+                             "Repair or remove what is listed and try again.")
 
 
 # ------------------------------------------------------------------------------------- reading LeRobot folders
 
+
 @dataclasses.dataclass
 class Episode:
     index: int                               # LeRobot's episode_index
-    length: int                              # frames, as the metadata promises
-    data_file: pathlib.Path                  # the parquet file that holds its rows
-    videos: dict                             # camera -> (mp4 file, seconds into it where the episode starts)
-    positions: np.ndarray = None             # (T,) row numbers in data_file, in frame order
-    timestamps: np.ndarray = None            # (T,) float64 seconds
+    length: int                              # T frames, as the metadata promise
+    data_file: pathlib.Path                  # parquet file with its rows
+    videos: dict                             # camera -> (mp4 file, seconds into it at which the episode starts)
+    scene: int = -1                          # its number in the simulator, if this file recorded it
+    positions: np.ndarray = None             # (T,) row numbers in data_file; None if they could not be read
+    timestamps: np.ndarray = None            # (T,) float64 [s]
     actions: np.ndarray = None               # (T, A) float32
-    states: np.ndarray = None                # (T, S) float32; S = 0 when the set has no state
+    states: np.ndarray = None                # (T, S) float32, S = 0 in a set without state
     instructions: list = None                # T strings
 
 
 @dataclasses.dataclass
 class Recording:
-    """A LeRobot folder read except for its pixels. problems is empty when the data are sound."""
+    """A LeRobot folder, read except for its pixels. The data are sound if problems is empty."""
     folder: pathlib.Path
     info: dict                               # meta/info.json
     cameras: list                            # the chosen image features
+    keys: dict                               # feature names of {"actions", "states" if there are any}
     episodes: list
     problems: Problems
-    action_key: str
-    state_key: str | None
+
+    def is_video(self, camera):
+        return self.info["features"][camera]["dtype"] == "video"
+
+    def size(self, camera):
+        """(H, W) that info.json declares. Sets in the wild store H, W, C or C, H, W."""
+        feature = self.info["features"][camera]
+        channels_first = str((feature.get("names") or [""])[0]).startswith("channel")
+        return tuple(feature["shape"][1:3] if channels_first else feature["shape"][:2])
 
 
 def local_folder(path):
-    """Path of a data set folder; `owner/name` that is no folder is fetched from (or found in) the hub's cache."""
+    """The folder of a data set; `owner/name` that is no folder comes from the hub or from its local cache."""
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise ValueError(f"{path}: no such folder; need a LeRobot data set folder or a hub id such as owner/name")
+        raise ValueError(f"{path}: no such folder; need a LeRobot data set folder or a hub id owner/name")
     from huggingface_hub import snapshot_download
     try:
         return pathlib.Path(snapshot_download(str(path), repo_type="dataset"))
-    except Exception as error:               # HTTP, hub and operating-system errors share no base class
+    except Exception as error:               # HTTP, hub and system errors share no narrower base class
         raise ValueError(
-            f"{path}: neither a folder here nor a data set that could be fetched from the hub "
-            f"({type(error).__name__}). Offline? On a machine with internet run\n"
-            f"  hf download {path} --repo-type dataset --local-dir {folder.name}\n"
-            f"copy the folder {folder.name} here and pass its path instead of {path}") from error
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: need a JSON file of a LeRobot data set, got {error}") from error
-
-
-def read_lines(path):
-    """A .jsonl file as a list of dicts."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: need one JSON object a line, got {error}") from error
-
-
-def read_meta_v2(folder, info, cameras):
-    """v2.x: one parquet file and one mp4 per camera for each episode. Returns episodes, {task_index: text}."""
-    tasks = {row["task_index"]: row["task"] for row in read_lines(folder / "meta/tasks.jsonl")}
-    episodes = []
-    for row in read_lines(folder / "meta/episodes.jsonl"):
-        names = dict(episode_index=row["episode_index"], episode_chunk=row["episode_index"] // info["chunks_size"])
-        videos = {camera: (folder / info["video_path"].format(video_key=camera, **names), 0.0)
-                  for camera in cameras if info["features"][camera]["dtype"] == "video"}
-        episodes.append(Episode(row["episode_index"], row["length"], folder / info["data_path"].format(**names),
-                                videos))
-    return episodes, tasks
-
-
-def read_meta_v3(folder, info, cameras):
-    """v3.0: many episodes per file; data and every camera roll over on their own. Same returns as read_meta_v2."""
-    table = pq.ParquetFile(folder / "meta/tasks.parquet").read()
-    # The text is a pandas index: called `task` by recent writers, `__index_level_0__` by lerobot 0.4.x.
-    text = next(name for name in table.column_names if name != "task_index")
-    tasks = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
-    episodes = []
-    for path in sorted((folder / "meta/episodes").glob("*/*.parquet")):
-        file = pq.ParquetFile(path)
-        wanted = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
-        for row in file.read(columns=wanted).to_pylist():
-            def place(kind):                 # the chunk and file in which this episode's rows or frames lie
-                return dict(chunk_index=row[f"{kind}/chunk_index"], file_index=row[f"{kind}/file_index"])
-            videos = {camera: (folder / info["video_path"].format(video_key=camera, **place(f"videos/{camera}")),
-                               row[f"videos/{camera}/from_timestamp"])
-                      for camera in cameras if info["features"][camera]["dtype"] == "video"}
-            episodes.append(Episode(row["episode_index"], row["length"],
-                                    folder / info["data_path"].format(**place("data")), videos))
-    return episodes, tasks
+            f"{path}: neither a folder nor a data set that could be fetched ({type(error).__name__}). Offline? "
+            f"Where there is internet, run\n  hf download {path} --repo-type dataset --local-dir {folder.name}\n"
+            f"then copy the folder {folder.name} here and give its path instead of {path}.") from error
 
 
 def choose_cameras(features, cameras):
-    """Names of the image features to use. None: the first that is not on the wrist (the policies' usual view)."""
+    """Image features to use. None: the first colour camera that is not on the wrist, the policies' own view."""
     found = [key for key, feature in features.items() if feature["dtype"] in ("image", "video")]
     if cameras is None:
-        colour = [key for key in found if "depth" not in key]
-        outside = [key for key in colour if not any(word in key for word in ("wrist", "hand", "gripper"))]
-        return (outside or colour or found)[:1]
+        return sorted(found, key=lambda key: ("depth" in key, "wrist" in key or "hand" in key))[:1]
     cameras = [cameras] if isinstance(cameras, str) else list(cameras)
-    full = {key.split(".")[-1]: key for key in found} | {key: key for key in found}     # `front` is enough
-    unknown = [camera for camera in cameras if camera not in full]
+    known = {key.split(".")[-1]: key for key in found} | {key: key for key in found}       # `front` is enough
+    unknown = [camera for camera in cameras if camera not in known]
     if unknown or not 1 <= len(cameras) <= MAX_CAMERAS:
-        raise ValueError(f"cameras {cameras}: need 1 to {MAX_CAMERAS} of {found}; unknown: {unknown}")
-    return [full[camera] for camera in cameras]
+        raise ValueError(f"cameras {cameras}: need 1 to {MAX_CAMERAS} out of {found}; unknown: {unknown}")
+    return [known[camera] for camera in cameras]
 
 
 def find_feature(features, given, usual, flag):
-    """The feature `given` by the user, else the first of the `usual` names; None if there is none."""
+    """The feature named by the user, else the first of the usual names that exists, else None."""
     if given is not None and given not in features:
         raise ValueError(f"{flag} {given}: no such feature; the data set has {sorted(features)}")
     return given or next((name for name in usual if name in features), None)
 
 
-def read_lerobot(path, cameras=None, action_key=None, state_key=None, task_key=None):
-    """Reads a LeRobot data set (v2.x or v3.0), pixels excepted; see open_dataset for the arguments.
+def read_meta(folder, info, cameras):
+    """Episodes without their rows, and {task_index: instruction}.
 
-    Returns a Recording. Raises ValueError only where nothing can be read (no folder, unknown version, broken
-    metadata); everything wrong with single episodes is collected in Recording.problems.
+    v2.x: one parquet file per episode, one mp4 per episode and camera. v3.0: many episodes per file; the data
+    and every camera go on to a next file independently, so each has its own indices.
     """
-    folder = local_folder(path)
-    info = read_json(folder / "meta/info.json")
-    version, features = info.get("codebase_version"), info.get("features", {})
-    if version not in VERSIONS:
-        raise ValueError(f"{folder}: unknown LeRobot version {version!r}; need one of {', '.join(VERSIONS)}. "
-                         "Convert the set with the lerobot package")
-    cameras = choose_cameras(features, cameras)
-    action_key = find_feature(features, action_key, ("action", "actions"), "--action-key")
-    state_key = find_feature(features, state_key, ("observation.state", "state"), "--state-key")
-    problems = Problems()
-    if action_key is None:
-        problems[f"no feature `action` or `actions` among {sorted(features)}; name it with --action-key"] = []
-    if not cameras:
-        problems[f"no image or video feature among {sorted(features)}"] = []
+    if info["codebase_version"] == "v3.0":
+        table = pq.ParquetFile(folder / "meta/tasks.parquet").read()
+        # The text is a pandas index: called `task` by recent writers, `__index_level_0__` by lerobot 0.4.x.
+        text = next(name for name in table.column_names if name != "task_index")
+        tasks = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
+        files = [pq.ParquetFile(path) for path in sorted((folder / "meta/episodes").glob("*/*.parquet"))]
+        rows = [row for file in files for row in file.read(
+            [name for name in file.schema_arrow.names if not name.startswith("stats/")]).to_pylist()]
+    else:
+        tasks, rows = ([json.loads(line) for line in (folder / "meta" / name).read_text().splitlines() if line]
+                       for name in ("tasks.jsonl", "episodes.jsonl"))
+        tasks = {row["task_index"]: row["task"] for row in tasks}
+        rows = [dict(row, episode_chunk=row["episode_index"] // info["chunks_size"]) for row in rows]
+
+    def file(path, row, kind, **names):      # kind: "data" or "videos/<camera>"; v3.0 has indices for each
+        own = {key: row[f"{kind}/{key}"] for key in ("chunk_index", "file_index") if f"{kind}/{key}" in row}
+        return folder / info[path].format(**row, **own, **names)
+
+    return [Episode(row["episode_index"], row["length"], file("data_path", row, "data"), {
+        camera: (file("video_path", row, f"videos/{camera}", video_key=camera),
+                 row.get(f"videos/{camera}/from_timestamp", 0.0))
+        for camera in cameras if info["features"][camera]["dtype"] == "video"}, row.get("scene", -1))
+        for row in rows], tasks
+
+
+def read_lerobot(path, cameras=None, action_key=None, state_key=None, task_key=None, action_dim=None):
+    """Reads a LeRobot data set except for its pixels; arguments as in open_dataset. Returns a Recording.
+
+    Raises ValueError where nothing can be read: no folder, unknown version, broken metadata, zero episodes. What
+    is wrong with single episodes is collected in Recording.problems.
+    """
+    folder, problems = local_folder(path), Problems()
     try:
-        episodes, tasks = (read_meta_v3 if version == "v3.0" else read_meta_v2)(folder, info, cameras)
-    except (KeyError, StopIteration, OSError, pa.ArrowException) as error:
-        raise ValueError(f"{folder}/meta: incomplete metadata of version {version}: {error!r}") from error
+        info = json.loads((folder / "meta/info.json").read_text())
+        version, features = info["codebase_version"], info["features"]
+        if version not in VERSIONS:
+            raise ValueError(f"unknown LeRobot version {version!r}, need one of {', '.join(VERSIONS)}")
+        cameras = choose_cameras(features, cameras)
+        episodes, tasks = read_meta(folder, info, cameras)
+    except (KeyError, StopIteration, OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{folder}: not a readable LeRobot data set: {type(error).__name__}: {error}. Convert it "
+                         "with the lerobot package.") from error
+    keys = dict(actions=find_feature(features, action_key, ("action", "actions"), "--action-key"),
+                states=find_feature(features, state_key, ("observation.state", "state"), "--state-key"))
+    keys = {name: key for name, key in keys.items() if key}
+    if "actions" not in keys:
+        problems[f"no feature `action` or `actions` in {sorted(features)}; name it with --action-key"] = []
+    elif action_dim not in (None, features[keys["actions"]]["shape"][0]):
+        problems[f"{keys['actions']} of size {features[keys['actions']]['shape'][0]}, need {action_dim} "
+                 f"({' '.join(ACTION_NAMES)})"] = []
+    if not cameras:
+        problems[f"no image or video feature in {sorted(features)}"] = []
+    if not episodes or len(episodes) != info.get("total_episodes", len(episodes)):
+        problems[f"{len(episodes) or 'zero'} episodes, info.json promises {info.get('total_episodes')}"] = []
     episodes.sort(key=lambda episode: episode.index)
-    if not episodes:
-        problems["zero episodes"] = []
-    elif len(episodes) != info.get("total_episodes", len(episodes)):
-        problems[f"{len(episodes)} episodes listed, but info.json promises {info['total_episodes']}"] = []
-    problems.stop(folder)
-    columns = ["episode_index", "frame_index", "timestamp", task_key or "task_index", action_key, state_key]
-    by_file = collections.defaultdict(list)
+    recording, by_file = Recording(folder, info, cameras, keys, episodes, problems), collections.defaultdict(list)
     for episode in episodes:
         by_file[episode.data_file].append(episode)
     for file, members in by_file.items():
-        read_rows(file, members, columns, features, tasks, problems)
-    recording = Recording(folder, info, cameras, episodes, problems, action_key, state_key)
-    check_rows(recording)
+        read_rows(recording, file, members, task_key or "task_index", tasks)
     return recording
 
 
 def vectors(column, width):
-    """Arrow column of numbers or lists -> values (n, width) float32 or None, and bad (n,) = rows of another size."""
+    """Arrow column of numbers or lists -> (n, width) float32, None if a row has another size; (n,) bad rows."""
     column = column.combine_chunks()
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         bad = np.asarray(pc.fill_null(pc.list_value_length(column), -1)) != width
-        column = None if bad.any() else pc.list_flatten(column)
+        column = pc.list_flatten(column)
     else:
         bad = np.full(len(column), width != 1)
     if bad.any():
@@ -255,194 +235,155 @@ def vectors(column, width):
     return column.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width), bad
 
 
-def read_rows(file, episodes, columns, features, tasks, problems):
-    """Fills the arrays of the episodes that lie in one parquet file."""
-    episode_key, frame_key, time_key, task_key, action_key, state_key = columns
-    indices = [episode.index for episode in episodes]
+def read_rows(recording, file, episodes, task_key, tasks):
+    """Fills and checks the episodes that lie in one parquet file."""
+    problems, features, step = recording.problems, recording.info["features"], 1 / recording.info["fps"]
+    indices, keys = [episode.index for episode in episodes], recording.keys
     try:
-        parquet = pq.ParquetFile(file)
-        lacking = [name for name in columns if name and name not in parquet.schema_arrow.names]
-        table = None if lacking else parquet.read(columns=[name for name in columns if name])
-    except (OSError, pa.ArrowException) as error:
-        problems[f"data file missing or broken ({type(error).__name__})"] += indices
+        table = pq.ParquetFile(file).read(["episode_index", "frame_index", "timestamp", task_key, *keys.values()])
+        owner, frame, times = (table[key].to_numpy() for key in ("episode_index", "frame_index", "timestamp"))
+        texts = table[task_key].to_pylist()
+        columns = {name: vectors(table[key], features[key]["shape"][0]) for name, key in keys.items()}
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        problems[f"data file, or one of its columns, missing or broken ({error})"] += indices
         return
-    if lacking:
-        problems[f"the data have no column {', '.join(lacking)}"] += indices
-        return
-    owner, frame = table[episode_key].to_numpy(), table[frame_key].to_numpy()
-    times = table[time_key].to_numpy().astype(np.float64)
-    actions, bad_action = vectors(table[action_key], features[action_key]["shape"][0])
-    states, bad_state = np.zeros((len(owner), 0), np.float32), np.zeros(len(owner), bool)
-    if state_key:
-        states, bad_state = vectors(table[state_key], features[state_key]["shape"][0])
-    texts = table[task_key].to_pylist()
+    columns.setdefault("states", (np.zeros((len(owner), 0), np.float32), np.zeros(len(owner), bool)))
     if task_key == "task_index":
         texts = [tasks.get(task) for task in texts]
-    by_episode = np.lexsort((frame, owner))                          # row numbers, sorted by episode, then frame
+    by_episode = np.lexsort((frame, owner))  # row numbers, by episode, then frame
     first, last = (np.searchsorted(owner[by_episode], indices, side) for side in ("left", "right"))
     for episode, begin, end in zip(episodes, first, last):
         rows = episode.positions = by_episode[begin:end]
-        episode.timestamps = times[rows]
+        episode.timestamps = times[rows].astype(np.float64)
         episode.instructions = [texts[row] for row in rows]
-        if len(rows) != episode.length or (frame[rows] != np.arange(len(rows))).any() or not len(rows):
-            problems["rows missing, doubled or empty against the promised length"].append(episode.index)
-        for name, values, bad in (("actions", actions, bad_action), ("states", states, bad_state)):
+        if not len(rows) or len(rows) != episode.length or (frame[rows] != np.arange(len(rows))).any():
+            problems["rows missing, doubled, or none at all"].append(episode.index)
+        for name, (values, bad) in columns.items():
             if bad[rows].any():
                 problems[f"{name} of another size than info.json declares"].append(episode.index)
             elif values is not None:
                 setattr(episode, name, values[rows])
-
-
-def check_rows(recording):
-    """Non-finite numbers, jumping clocks and missing instructions, added to recording.problems."""
-    step = 1 / recording.info["fps"]
-    for episode in recording.episodes:
-        if episode.positions is None:
-            continue                                                 # its file could not be read: already listed
-        for name, values in (("action", episode.actions), ("state", episode.states)):
-            if values is not None and not np.isfinite(values).all():
-                recording.problems[f"non-finite {name}"].append(episode.index)
-        # float32 seconds are exact to 6e-8 of their value; that much is no fault of the recording.
+                if not np.isfinite(values[rows]).all():
+                    problems[f"non-finite {name}"].append(episode.index)
+        # float32 seconds are exact to 6e-8 of their value; that much is no fault of the recording
         slack = TIME_TOLERANCE + 2.4e-7 * np.abs(episode.timestamps[1:])
         if not (np.abs(np.diff(episode.timestamps) - step) <= slack).all():
-            recording.problems[f"timestamps not 1/fps = {step:g} s apart"].append(episode.index)
+            problems[f"timestamps out of tolerance: not 1/fps = {step:g} s apart"].append(episode.index)
         if not all(isinstance(text, str) and text.strip() for text in episode.instructions):
-            recording.problems["instruction missing"].append(episode.index)
+            problems["instruction missing"].append(episode.index)
 
 
 # ------------------------------------------------------------------------------------- pixels
 
+
 @dataclasses.dataclass
 class FrameJob:
-    """The frames to take out of one mp4 or parquet file, in the order in which they lie there."""
+    """Frames to take out of one mp4 or parquet file, in the order in which they lie there."""
     path: pathlib.Path
     camera: str
-    slot: int                                # which of the chosen cameras, 0-2
+    slot: int                                # which of the chosen cameras
     numbers: np.ndarray                      # (n,) frame number in the mp4, or row number in the parquet file
-    rows: np.ndarray                         # (n,) row of the whole data set
-    episodes: np.ndarray                     # (n,) episode_index, for error messages
-
-
-def declared_size(info, camera):
-    """(H, W) of a camera as info.json declares it; sets in the wild store H, W, C or C, H, W."""
-    shape, names = info["features"][camera]["shape"], info["features"][camera].get("names") or [""]
-    return tuple(shape[1:3]) if str(names[0]).startswith("channel") else tuple(shape[:2])
+    rows: np.ndarray                         # (n,) row in the whole data set
+    episodes: np.ndarray                     # (n,) episode_index, for messages
 
 
 def video_index(path):
-    """Presentation times (F,) [s] of all frames of a video, ascending, and its (H, W), without decoding it."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-copyts", "-i", str(path), "-map", "0:v:0", "-c", "copy",
+    """Times (F,) [s] of all frames of a video in the order of display, and (H, W). Decodes nothing: 20 ms."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-copyts", "-i", path, "-map", "0:v:0", "-c", "copy",
                "-f", "framecrc", "-"]
     text = subprocess.run(command, capture_output=True, text=True).stdout
-    base, size, ticks = 1.0, None, []
+    ticks, tick, size = [], 1.0, None        # tick: length of a time unit [s]
     for line in text.splitlines():
         if line.startswith("#tb"):
-            ticks_per, per_second = line.split()[-1].split("/")
-            base = int(ticks_per) / int(per_second)                  # s per tick
+            tick = int(line.split()[-1].split("/")[0]) / int(line.split("/")[-1])
         elif line.startswith("#dimensions"):
             size = tuple(int(side) for side in reversed(line.split()[-1].split("x")))
         elif line[:1].isdigit():
-            ticks.append(int(line.split(",")[2]))                    # stream, dts, pts, duration, size, crc
-    return np.sort(np.array(ticks)) * base, size
+            ticks.append(int(line.split(",")[2]))                    # stream, dts, pts, duration, bytes, crc
+    return np.sort(np.array(ticks)) * tick, size
 
 
 def plan_frames(recording):
-    """FrameJobs that cover the chosen cameras; what is missing goes to recording.problems. Reads no pixel."""
-    problems, jobs = recording.problems, []
+    """FrameJobs for the chosen cameras. What is missing goes to recording.problems. Reads no pixel."""
+    jobs, problems = [], recording.problems
     for slot, camera in enumerate(recording.cameras):
-        is_video = recording.info["features"][camera]["dtype"] == "video"
-        by_file, row = collections.defaultdict(list), 0
+        parts, row, index = collections.defaultdict(list), 0, {}     # file -> [(numbers, rows, episodes), ...]
+        if recording.is_video(camera):
+            files = {episode.videos[camera][0] for episode in recording.episodes}
+            files = [file for file in files if file.is_file()]
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                index = dict(zip(files, pool.map(video_index, files)))
         for episode in recording.episodes:
-            by_file[episode.videos[camera][0] if is_video else episode.data_file].append((episode, row))
             row += episode.length
-        present = [file for file in by_file if is_video and file.is_file()]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            index = dict(zip(present, pool.map(video_index, present)))
-        for file, members in by_file.items():
-            members = [(episode, row) for episode, row in members if episode.positions is not None]
-            if is_video and file not in index:
-                problems[f"{camera}: video file missing"] += [episode.index for episode, _ in members]
+            if episode.positions is None:
                 continue
-            numbers = [video_frames(episode, camera, recording.info, index[file], problems) if is_video
-                       else episode.positions for episode, _ in members]
-            if not members:
-                continue
-            rows = [row + np.arange(len(found)) for (_, row), found in zip(members, numbers)]
-            owner = [np.full(len(found), episode.index) for (episode, _), found in zip(members, numbers)]
-            numbers, rows, owner = (np.concatenate(parts) for parts in (numbers, rows, owner))
-            order = np.argsort(numbers, kind="stable")
-            jobs.append(FrameJob(file, camera, slot, numbers[order], rows[order], owner[order]))
+            file, numbers = episode.data_file, episode.positions
+            if recording.is_video(camera):
+                file, start = episode.videos[camera]
+                if file not in index:
+                    problems[f"{camera}: video file missing"].append(episode.index)
+                    continue
+                times, size = index[file]
+                if size != recording.size(camera):
+                    problems[f"{camera}: images of another size, {size}, than info.json declares"].append(
+                        episode.index)
+                wanted = start + episode.timestamps
+                numbers = np.searchsorted((times[1:] + times[:-1]) / 2, wanted)      # the nearest, as in LeRobot
+                if not len(times) or (np.abs(times[numbers] - wanted) > TIME_TOLERANCE).any():
+                    problems[f"{camera}: frames missing or timestamps out of tolerance (no frame within "
+                             f"{TIME_TOLERANCE:g} s)"].append(episode.index)
+            parts[file].append((numbers, row - episode.length + np.arange(len(numbers)),
+                                np.full(len(numbers), episode.index)))
+        for file, members in parts.items():
+            columns = [np.concatenate(column) for column in zip(*members)]
+            order = np.argsort(columns[0], kind="stable")
+            jobs.append(FrameJob(file, camera, slot, *(column[order] for column in columns)))
     return jobs
 
 
-def video_frames(episode, camera, info, index, problems):
-    """Frame numbers (T,) in the mp4 of an episode's rows: the nearest in time, as LeRobot looks them up."""
-    times, size = index
-    if size != declared_size(info, camera):
-        problems[f"{camera}: images of another size, {size} instead of {declared_size(info, camera)}"].append(
-            episode.index)
-    wanted = episode.videos[camera][1] + episode.timestamps
-    if not len(times) or (len(wanted) and wanted.max() > times[-1] + .5 / info["fps"]):
-        problems[f"{camera}: frames missing at the end of the video"].append(episode.index)
-        return np.zeros(0, int)
-    after = np.clip(np.searchsorted(times, wanted), 1, max(1, len(times) - 1))
-    near = np.where(wanted - times[after - 1] <= times[np.minimum(after, len(times) - 1)] - wanted, after - 1, after)
-    near = np.minimum(near, len(times) - 1)
-    if (np.abs(times[near] - wanted) > TIME_TOLERANCE).any():
-        problems[f"{camera}: timestamps out of tolerance ({TIME_TOLERANCE} s) of the video frames"].append(
-            episode.index)
-    return near
-
-
-def decode(job, info):
-    """Yields (k, frame (H, W, 3) uint8 or None if unreadable) for job.numbers[k], k ascending."""
-    if info["features"][job.camera]["dtype"] == "video":
-        yield from decode_video(job, info["fps"])
-        return
-    wanted = dict(zip(job.numbers.tolist(), range(len(job.numbers))))
-    position = 0
-    for piece in pq.ParquetFile(job.path).iter_batches(batch_size=64, columns=[job.camera]):
-        for cell in piece.column(0).to_pylist():
-            if position in wanted:
-                try:                                                 # {"bytes": encoded PNG, "path": its file}
-                    data = cell["bytes"] or (job.path.parents[2] / cell["path"]).read_bytes()
-                    image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-                except (OSError, TypeError, SyntaxError):            # PIL: a broken PNG is a SyntaxError
-                    image = None
-                yield wanted[position], image
-            position += 1
-
-
-def decode_video(job, fps):
-    """decode() for a video. ffmpeg seeks to just before the first wanted frame and decodes from there."""
-    first, done = int(job.numbers[0]), 0
-    seek = ["-ss", f"{video_index(job.path)[0][first] - .5 / fps:.6f}"] if first else []
-    reader = imageio_ffmpeg.read_frames(
-        str(job.path), pix_fmt="rgb24",
-        # -xerror: stop at a broken packet, which would shift all later frames by one without a word
-        input_params=seek + ["-xerror"],
-        # passthrough: every stored frame exactly once; the default repeats and drops frames to keep the rate
-        output_params=["-fps_mode", "passthrough"])
+def video_frames(path):
+    """(number, frame (H, W, 3) uint8) of an mp4, up to its end or to the first frame that is broken."""
+    # -xerror: stop at a broken packet, which would otherwise shift all later frames by one without a word.
+    # passthrough: every stored frame exactly once; by default ffmpeg repeats and drops some to keep the rate.
+    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24", input_params=["-xerror"],
+                                        output_params=["-fps_mode", "passthrough"])
     try:
         width, height = next(reader)["size"]
-        for number, data in enumerate(reader, first):
-            while done < len(job.numbers) and job.numbers[done] == number:
-                yield done, np.frombuffer(data, np.uint8).reshape(height, width, 3)
-                done += 1
-            if done == len(job.numbers):
-                break
+        for number, data in enumerate(reader):
+            yield number, np.frombuffer(data, np.uint8).reshape(height, width, 3)
     except (OSError, RuntimeError, StopIteration):
-        pass                                                         # reported below as unreadable frames
+        pass                                 # decode lists the frames that did not come
     finally:
         reader.close()
+
+
+def image_frames(path, column):
+    """(number, frame (H, W, 3) uint8 or None if broken) of a parquet file with encoded images."""
+    number = -1
+    for piece in pq.ParquetFile(path).iter_batches(batch_size=64, columns=[column]):
+        for number, cell in enumerate(piece.column(0).to_pylist(), number + 1):
+            try:
+                yield number, np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+            except (OSError, TypeError, SyntaxError):                # PIL calls a broken PNG a SyntaxError
+                yield number, None
+
+
+def decode(job, is_video):
+    """Yields (k, frame (H, W, 3) uint8 or None if unreadable) for each job.numbers[k], k ascending."""
+    done = 0
+    for number, image in video_frames(job.path) if is_video else image_frames(job.path, job.camera):
+        while done < len(job.numbers) and job.numbers[done] == number:
+            yield done, image
+            done += 1
     for k in range(done, len(job.numbers)):
         yield k, None
 
 
 def resize(image, size, fit):
-    """(h, w, 3) -> (size, size, 3) uint8. `stretch`: PIL bicubic, aspect ratio not kept (OpenVLA). `pad`: PIL
-    bilinear, aspect ratio kept, centred on black (openpi). Both are the official pixels exactly; size None or
-    equal: unchanged."""
+    """(H, W, 3) -> (size, size, 3) uint8, bit-equal to the official code; no change if it fits or size is None.
+
+    fit `stretch`: PIL bicubic, aspect ratio lost (OpenVLA); `pad`: PIL bilinear, centred on black (openpi).
+    """
     height, width = image.shape[:2]
     if size is None or (height, width) == (size, size):
         return image
@@ -456,58 +397,54 @@ def resize(image, size, fit):
     return np.asarray(out)
 
 
-def content_key(recording, image_size, fit):
-    """Hash of everything that decides the cached pixels: files, which frames of them, cameras, size, fit."""
-    digest = hashlib.sha256(repr((CACHE_FORMAT, recording.cameras, image_size, fit)).encode())
-    files = {}
+def content_key(recording, *options):
+    """Hash of all that decides the cached pixels: files (about 1 GB/s), which frames of them, options."""
+    digest, files = hashlib.sha256(repr((CACHE_FORMAT, recording.cameras, options)).encode()), {}
     for episode in recording.episodes:
-        digest.update(f"{episode.index} {episode.length} {episode.videos and [v[1] for v in episode.videos.values()]}"
-                      .encode() + episode.timestamps.tobytes() + episode.positions.tobytes())
-        sources = [video for video, _ in episode.videos.values()]
-        if len(sources) < len(recording.cameras):
-            sources.append(episode.data_file)                        # some camera's images are in the parquet file
-        files.update(dict.fromkeys(sources))                         # in order, each once
+        digest.update(repr((episode.index, [start for _, start in episode.videos.values()])).encode())
+        digest.update(episode.timestamps.tobytes() + episode.positions.tobytes())
+        files |= {file: None for file, _ in episode.videos.values()}             # a dict keeps the order
+        if len(episode.videos) < len(recording.cameras):
+            files[episode.data_file] = None                                      # images inside the parquet file
     for file in files:
-        with open(file, "rb") as stream:                             # about 1 GB/s
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        if file.is_file():                                                       # else plan_frames complains
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:24]
 
 
 def cache_frames(recording, image_size, fit, cache_dir):
-    """Path of the .npy with all frames, (N, C, H, W, 3) uint8; decodes them first if it does not exist.
+    """The .npy file with all frames, (N, C, H, W, 3) uint8. Decodes them if it does not exist yet.
 
-    Processes that want the same file wait for the one that builds it. The kernel drops the lock of a killed
-    process, and the file gets its name only when complete, so nobody ever sees half a file.
+    Processes that want the same file wait for the one that builds it. The system frees the lock of a killed
+    process, and the file gets its name only when it is complete, so nobody ever sees half of it.
     """
     from filelock import FileLock                                    # comes with huggingface_hub
-    if recording.problems:                                           # list the faults of the videos as well
-        plan_frames(recording)
+    sizes = {(image_size, image_size) if image_size else recording.size(camera) for camera in recording.cameras}
+    if len(sizes) > 1:
+        recording.problems[f"cameras of different sizes {sorted(sizes)} need an image_size for all"] = []
+    if recording.problems:
+        plan_frames(recording)                                       # so that faults of the videos are listed too
         recording.problems.stop(recording.folder)
-    sizes = {declared_size(recording.info, camera) for camera in recording.cameras}
-    if image_size is None and len(sizes) > 1:
-        raise ValueError(f"cameras {recording.cameras} have sizes {sorted(sizes)}; need an image_size for all")
-    height, width = (image_size, image_size) if image_size else sizes.pop()
-    frames = sum(episode.length for episode in recording.episodes)
-    shape = (frames, len(recording.cameras), height, width, 3)
-    cache_dir = pathlib.Path(cache_dir or pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sim_real_frames")
-    cache_dir = cache_dir.expanduser()
-    missing = [file for episode in recording.episodes for file, _ in episode.videos.values() if not file.is_file()]
-    path = None if missing else cache_dir / f"{content_key(recording, image_size, fit)}.npy"
-    if path is not None and path.exists():
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sim_real_frames"
+    cache = pathlib.Path(cache_dir or cache).expanduser()
+    path = cache / f"{content_key(recording, image_size, fit)}.npy"
+    shape = (sum(episode.length for episode in recording.episodes), len(recording.cameras), *sizes.pop(), 3)
+    if path.exists():
         return path
     jobs = plan_frames(recording)
     recording.problems.stop(recording.folder)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
             return path                                              # another process was faster
-        for left_over in cache_dir.glob(f"{path.stem}.*.part"):      # of a killed process: we hold the lock
+        for left_over in cache.glob(f"{path.stem}.*.part"):          # of a killed process: we hold the lock
             left_over.unlink()
-        free = shutil.disk_usage(cache_dir).free
-        if free < np.prod(shape, dtype=np.int64):
-            raise ValueError(f"{cache_dir}: {np.prod(shape, dtype=np.int64) / 1e9:.1f} GB needed for the decoded "
-                             f"frames, {free / 1e9:.1f} GB free; choose another --cache-dir or a smaller image_size")
-        partial = cache_dir / f"{path.stem}.{os.getpid()}.part"
+        need, free = np.prod(shape, dtype=np.int64) / 1e9, shutil.disk_usage(cache).free / 1e9
+        if need > free:
+            raise ValueError(f"{cache}: the decoded frames need {need:.1f} GB, {free:.1f} GB are free; choose "
+                             "another cache_dir or a smaller image_size")
+        partial = cache / f"{path.stem}.{os.getpid()}.part"
         try:
             fill_cache(partial, shape, jobs, recording, image_size, fit)
             recording.problems.stop(recording.folder)
@@ -518,385 +455,354 @@ def cache_frames(recording, image_size, fit, cache_dir):
 
 
 def fill_cache(path, shape, jobs, recording, image_size, fit):
-    """Decodes all jobs into one .npy file. Written with pwrite, not through a map: a full disk is then an error
-    message instead of a bus error, and no written page counts as this process's memory."""
+    """Decodes all jobs into one .npy file, a thread per job. pwrite, not a memory map: a full disk is then an
+    error message instead of a bus error, and what was written does not count as memory of this process."""
     frame_bytes = int(np.prod(shape[2:]))
     with open(path, "wb") as file, tqdm(total=shape[0] * shape[1], unit="frame", desc="decoding once") as bar:
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-        start = file.tell()
-        file.truncate(start + shape[0] * shape[1] * frame_bytes)
         file.flush()
+        start = file.tell()
 
         def work(job):
-            size = declared_size(recording.info, job.camera)
-            for k, image in decode(job, recording.info):
-                if image is None or image.shape[:2] != size:
+            for k, image in decode(job, recording.is_video(job.camera)):
+                if image is None or image.shape[:2] != recording.size(job.camera):
                     what = "frames that cannot be decoded" if image is None else \
-                        f"images of another size, {image.shape[:2]} instead of {size}"
+                        f"images of another size, {image.shape[:2]}, than info.json declares"
                     recording.problems[f"{job.camera}: {what}"].append(int(job.episodes[k]))
                     continue
-                pixels = np.ascontiguousarray(resize(image, image_size, fit))
-                os.pwrite(file.fileno(), pixels, start + (int(job.rows[k]) * shape[1] + job.slot) * frame_bytes)
+                place = int(job.rows[k]) * shape[1] + job.slot
+                os.pwrite(file.fileno(), resize(image, image_size, fit).tobytes(), start + place * frame_bytes)
                 bar.update()
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(work, jobs))       # PIL and ffmpeg run outside the interpreter lock; list() raises errors
+            list(pool.map(work, jobs))       # PIL and ffmpeg run outside the interpreter lock; list() re-raises
 
 
 # ------------------------------------------------------------------------------------- the data set that trains
 
-class Demos:
-    """Demonstrations as training samples: one per frame, with the next `horizon` actions.
 
-    len(demos) frames; demos.episodes (E,) LeRobot episode numbers; demos.actions (N, A), demos.states (N, S) float32
-    of its frames in order; demos.batch(indices) gives samples; select and split give views that share the pixels.
+class Demos:
+    """Demonstrations as samples, one per frame: len(demos) = N.
+
+    episodes (E,) their numbers, scenes (E,) their numbers in the simulator (-1: unknown); actions (N, A) and
+    states (N, S) float32, instructions (N,) of its frames; batch(indices) gives samples with pixels.
     """
 
-    REMAP_BYTES = 512 * 2**20                # touched pages count as this process's memory until the map is renewed
+    REMAP_BYTES = 512 * 2**20                # pages once read count as this process's memory until mapped anew
 
     def __init__(self, recording, frames_path, horizon):
         parts = recording.episodes
-        self.folder, self.info, self.cameras = recording.folder, recording.info, recording.cameras
-        self.horizon, self.frames_path, self.touched = horizon, frames_path, 0
-        self.frames = np.load(frames_path, mmap_mode="r")            # (N, C, H, W, 3), stays on disk
+        self.folder, self.info, self.keys, self.cameras = (getattr(recording, name) for name in (
+            "folder", "info", "keys", "cameras"))
+        self.horizon, self.frames_path, self.bytes_read = horizon, frames_path, 0
+        self.frames = np.load(frames_path, mmap_mode="r")            # (all frames, C, H, W, 3), stays on disk
         self.all_actions = np.concatenate([part.actions for part in parts])
         self.all_states = np.concatenate([part.states for part in parts])
-        self.all_instructions = np.concatenate([np.array(part.instructions, object) for part in parts])
-        self.all_episodes = np.array([part.index for part in parts])
-        self.stops = np.cumsum([part.length for part in parts])      # (E,) row after the last of each episode
-        self.starts = self.stops - [part.length for part in parts]
-        self.use(np.arange(len(parts)))
+        self.all_texts = np.array([text for part in parts for text in part.instructions], object)
+        ends = np.cumsum([part.length for part in parts])
+        self.table = {part.index: (end - part.length, end, part.scene) for part, end in zip(parts, ends)}
+        self.use(list(self.table))
 
-    def use(self, order):
-        self.episodes = self.all_episodes[order]
-        self.rows = np.concatenate([np.arange(self.starts[e], self.stops[e]) for e in order])   # (N,)
-        self.row_stop = np.repeat(self.stops[order], (self.stops - self.starts)[order])         # (N,)
+    def use(self, episodes):
+        begins, ends, scenes = np.array([self.table[episode] for episode in episodes]).T         # (E,) each
+        self.episodes, self.scenes = np.array(episodes), scenes
+        self.rows = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends)])  # (N,)
+        self.ends = np.repeat(ends, ends - begins)                   # (N,) row after the last of its episode
+        self.actions, self.states = self.all_actions[self.rows], self.all_states[self.rows]
+        self.instructions = self.all_texts[self.rows]
 
     def __len__(self):
         return len(self.rows)
 
-    @property
-    def actions(self):
-        return self.all_actions[self.rows]
-
-    @property
-    def states(self):
-        return self.all_states[self.rows]
-
-    @property
-    def instructions(self):
-        return list(self.all_instructions[self.rows])
-
     def select(self, episodes):
-        """Only these episode numbers, in this order."""
-        unknown = sorted(set(episodes) - set(self.episodes.tolist()))
-        if unknown or not len(episodes):
-            raise ValueError(f"{self.folder}: cannot select episodes {list(episodes)}: need at least one of "
-                             f"{ranges(self.episodes.tolist())}; unknown: {unknown}")
-        view, place = copy.copy(self), {number: e for e, number in enumerate(self.all_episodes.tolist())}
-        view.use(np.array([place[number] for number in episodes]))
+        """A view of these episode numbers only, in this order."""
+        episodes = [int(episode) for episode in episodes]
+        if not episodes or set(episodes) - set(self.episodes.tolist()):
+            raise ValueError(f"{self.folder}: cannot select episodes [{ranges(episodes)}]; need one or more of "
+                             f"{ranges(self.episodes.tolist())}")
+        view = copy.copy(self)               # shares the pixels
+        view.use(episodes)
         return view
 
     def split(self, held_out, seed=0):
-        """-> (train, held-out) with a fraction of whole episodes held out, at least one. 0: (self, None)."""
-        if not 0 <= held_out < 1 or (held_out and len(self.episodes) < 2):
-            raise ValueError(f"held_out {held_out} of {len(self.episodes)} episode(s): need a fraction in [0, 1) and, "
-                             "if it is not 0, two episodes or more")
+        """(train, held-out): a fraction of the episodes, at least one whole one, is held out. 0: (self, None)."""
         if held_out == 0:
             return self, None
+        if not 0 < held_out < 1 or len(self.episodes) < 2:
+            raise ValueError(f"held_out={held_out} of {len(self.episodes)} episode(s): need a fraction in [0, 1), and "
+                             "two episodes unless it is 0")
         count = min(max(1, round(held_out * len(self.episodes))), len(self.episodes) - 1)
-        order = np.random.default_rng(seed).permutation(self.episodes).tolist()
+        order = np.random.default_rng(seed).permutation(self.episodes)
         return self.select(sorted(order[count:])), self.select(sorted(order[:count]))
 
     def batch(self, indices):
-        """Samples `indices` (B,) of range(len(self)) as a dict:
+        """Samples `indices` (B,) out of range(len(self)) as a dict:
 
         images (B, H, W, 3) uint8, or (B, C, H, W, 3) for several cameras; instructions, B strings;
-        actions (B, K, A) float32; pad (B, K) bool, True past the end of the episode, where the last action is
+        actions (B, K, A) float32; pad (B, K) bool, True past the episode's end, where its last action is
         repeated; state (B, S) float32.
         """
-        rows = self.rows[np.asarray(indices)]                        # (B,)
-        window = rows[:, None] + np.arange(self.horizon)             # (B, K)
-        stop = self.row_stop[np.asarray(indices)][:, None]           # (B, 1)
-        images = np.array(self.frames[rows])                         # (B, C, H, W, 3), copied out of the map
-        self.touched += images.nbytes
-        if self.touched > self.REMAP_BYTES:
-            self.frames, self.touched = np.load(self.frames_path, mmap_mode="r"), 0
-        return dict(images=images[:, 0] if len(self.cameras) == 1 else images,
-                    instructions=self.all_instructions[rows].tolist(),
-                    actions=self.all_actions[np.minimum(window, stop - 1)], pad=window >= stop,
-                    state=self.all_states[rows])
+        rows, ends = self.rows[indices], self.ends[indices][:, None]                   # (B,), (B, 1)
+        window = rows[:, None] + np.arange(self.horizon)                               # (B, K)
+        images = np.array(self.frames[rows])                                           # (B, C, H, W, 3), a copy
+        self.bytes_read += images.nbytes
+        if self.bytes_read > self.REMAP_BYTES:
+            self.frames, self.bytes_read = np.load(self.frames_path, mmap_mode="r"), 0
+        return dict(images=images[:, 0] if len(self.cameras) == 1 else images, state=self.all_states[rows],
+                    instructions=self.all_texts[rows].tolist(), pad=window >= ends,
+                    actions=self.all_actions[np.minimum(window, ends - 1)])
 
 
-def open_dataset(path, image_size=None, horizon=1, cameras=None, fit="stretch", action_dim=ACTION_DIM, action_key=None,
-                 state_key=None, task_key=None, cache_dir=None):
-    """Opens a LeRobot data set (v2.x, v3.0; video or PNG features) for training.
+def open_dataset(path, image_size=None, horizon=1, cameras=None, fit="stretch", action_dim=len(ACTION_NAMES),
+                 action_key=None, state_key=None, task_key=None, cache_dir=None):
+    """Opens a LeRobot data set (v2.x or v3.0, video or image features) for training. Returns Demos.
 
-    path        a folder, or a hub id `owner/name`
-    image_size  side S of the square frames the policy sees, pixels; None: as stored
-    horizon     actions per sample, K
-    cameras     an image feature, its last part (`front`), or up to three; None: the first that is not on the wrist
-    fit         how a frame becomes S x S: `stretch` (OpenVLA) or `pad` (pi0.5), see resize
-    action_dim  what the policy expects; None: anything
-    *_key       feature names where they are not the usual ones; task_key: a column with the instruction itself
-    cache_dir   folder of the decoded frames; None: ~/.cache/sim_real_frames
-    Returns Demos. Raises ValueError that lists everything wrong with the set.
+    path        a folder, or a hub id owner/name
+    image_size  side [pixels] of the square frames the policy sees; None: as stored
+    horizon     K, actions per sample
+    cameras     an image feature or its last part (`front`), or up to three; None: see choose_cameras
+    fit         how a frame becomes square, `stretch` (OpenVLA) or `pad` (pi0.5): see resize
+    action_dim  the policy's action size; None: anything
+    *_key       names of features that are not found by themselves; task_key: a text column with the instruction
+    cache_dir   folder for the decoded frames; None: ~/.cache/sim_real_frames
+    Raises ValueError that lists everything that is wrong with the set.
     """
     if fit not in ("stretch", "pad") or horizon < 1 or (image_size is not None and image_size < 1):
-        raise ValueError(f"fit={fit!r}, horizon={horizon}, image_size={image_size}: need stretch or pad, horizon >= 1, "
-                         "image_size >= 1 or None")
-    recording = read_lerobot(path, cameras, action_key, state_key, task_key)
-    check_action_size(recording, action_dim)
+        raise ValueError(f"fit={fit!r}, horizon={horizon}, image_size={image_size}: need fit stretch or pad, a "
+                         "horizon of 1 or more, and an image_size of 1 or more or None")
+    recording = read_lerobot(path, cameras, action_key, state_key, task_key, action_dim)
     return Demos(recording, cache_frames(recording, image_size, fit, cache_dir), horizon)
-
-
-def check_action_size(recording, action_dim):
-    shape = recording.info["features"][recording.action_key]["shape"]
-    if action_dim is not None and list(shape) != [action_dim]:
-        recording.problems[f"{recording.action_key} of size {shape}, the policy needs [{action_dim}] "
-                           f"({' '.join(ACTION_NAMES)})"] = []
 
 
 # ------------------------------------------------------------------------------------- normalisation statistics
 
+
 def statistics(values):
-    """Exact statistics (no histogram) of values (N, D) over the whole set: {name: (D,) float64}."""
+    """Exact statistics of values (N, D) over the whole set, no histogram: {name: (D,) float64}."""
     values = np.asarray(values, np.float64)
-    quantiles = np.quantile(values, [.01, .10, .50, .90, .99], axis=0)
+    names, levels = ("q01", "q10", "q50", "q90", "q99"), (.01, .10, .50, .90, .99)
     return dict(min=values.min(0), max=values.max(0), mean=values.mean(0), std=values.std(0),
-                **dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles)))
+                **dict(zip(names, np.quantile(values, levels, axis=0))))
 
 
 def action_statistics(actions, min_range=MIN_RANGE):
-    """statistics() of actions (N, 7) that are safe to divide by q99 - q01.
+    """statistics() of actions (N, A), safe to divide by q99 - q01.
 
-    A dimension that (nearly) never moves would blow noise up to [-1, 1]: its range is widened about its middle to
-    min_range [m or rad; 0 = leave it], the gripper's to its physical [-1, 1], with a warning that names it.
+    A dimension that hardly moves would have its noise blown up to [-1, 1]. Its range is widened about the middle
+    to min_range [m or rad; 0 = leave it], the gripper's to its physical [-1, 1], with a warning that names it.
     """
     stats = statistics(actions)
-    names = ACTION_NAMES if len(stats["q01"]) == ACTION_DIM else [f"action[{d}]" for d in range(len(stats["q01"]))]
-    for d, name in enumerate(names):
-        low, high = stats["q01"][d], stats["q99"][d]
+    for d, (low, high) in enumerate(zip(stats["q01"].copy(), stats["q99"].copy())):
         if high - low >= min_range:
             continue
-        middle = (low + high) / 2
-        wide = (-1.0, 1.0) if name == "gripper" else (middle - min_range / 2, middle + min_range / 2)
+        name = ACTION_NAMES[d] if len(stats["q01"]) == len(ACTION_NAMES) else f"action[{d}]"
+        wide = (-1, 1) if name == "gripper" else ((low + high - min_range) / 2, (low + high + min_range) / 2)
         stats["q01"][d], stats["q99"][d] = wide
-        warnings.warn(f"{name}: q01 {low:.3g} and q99 {high:.3g} are less than {min_range:g} apart; the range used is "
-                      f"[{wide[0]:.3g}, {wide[1]:.3g}]. Is this dimension used in these demonstrations?", stacklevel=2)
+        warnings.warn(f"{name}: q01 {low:.3g} and q99 {high:.3g} are less than {min_range:g} apart; now "
+                      f"[{wide[0]:.3g}, {wide[1]:.3g}]. Do these demonstrations use it?", stacklevel=2)
     return stats
 
 
-def pooled(demos):
-    """One or several Demos -> actions (N, A), states (N, S), number of episodes. One set of statistics serves both
-    domains, as one policy does (RL-Co keeps a single norm_stats.json)."""
-    demos = [demos] if isinstance(demos, Demos) else list(demos)
-    return (np.concatenate([part.actions for part in demos]), np.concatenate([part.states for part in demos]),
-            sum(len(part.episodes) for part in demos))
-
-
 def openvla_statistics(demos, name):
-    """`norm_stats` of an OpenVLA config.json and content of dataset_statistics.json, JSON-ready. The gripper is not
-    normalised (mask False): it is already in [-1, 1]."""
-    actions, states, episodes = pooled(demos)
-    keep = ("mean", "std", "max", "min", "q01", "q99")
-    action, state = action_statistics(actions), statistics(states)
-    return {name: dict(action={key: action[key].tolist() for key in keep}
-                       | dict(mask=[True] * (actions.shape[1] - 1) + [False]),
-                       proprio={key: state[key].tolist() for key in keep},
-                       num_transitions=len(actions), num_trajectories=episodes)}
+    """`norm_stats` of OpenVLA's config.json = content of dataset_statistics.json, for a list of Demos.
+
+    One set of numbers for all of them: a policy has a single norm_stats for sim and real (as RL-Co has).
+    The gripper is not normalised (mask False), it already is in [-1, 1].
+    """
+    action = action_statistics(np.concatenate([part.actions for part in demos]))
+    proprio = statistics(np.concatenate([part.states for part in demos]))
+    keys = ("mean", "std", "max", "min", "q01", "q99")
+    action, proprio = ({key: stats[key].tolist() for key in keys} for stats in (action, proprio))
+    action["mask"] = [True] * (len(action["q01"]) - 1) + [False]
+    return {name: dict(action=action, proprio=proprio, num_transitions=sum(len(part) for part in demos),
+                       num_trajectories=sum(len(part.episodes) for part in demos))}
 
 
 def openpi_statistics(demos):
-    """Content of openpi's norm_stats.json, JSON-ready."""
-    actions, states, _ = pooled(demos)
-    keep = ("mean", "std", "q01", "q99")
-    action, state = action_statistics(actions), statistics(states)
-    return dict(norm_stats=dict(state={key: state[key].tolist() for key in keep},
-                                actions={key: action[key].tolist() for key in keep}))
+    """Content of openpi's norm_stats.json for a list of Demos."""
+    parts = dict(state=statistics(np.concatenate([part.states for part in demos])),
+                 actions=action_statistics(np.concatenate([part.actions for part in demos])))
+    return dict(norm_stats={part: {key: stats[key].tolist() for key in ("mean", "std", "q01", "q99")}
+                            for part, stats in parts.items()})
 
 
 # ------------------------------------------------------------------------------------- the alpha sampler
 
-class MixSampler:
-    """Endless batches in which each sample is simulated with probability exactly alpha, else real.
 
-    sim, real   Demos, or functions of no arguments that open them. alpha = 0 never opens sim, alpha = 1 never real.
-    batch       samples per step over all ranks; rank r gets samples r, r + world, ... of one global stream, so that
-                neither alpha nor the stream depends on the number of ranks.
-    Within a set, samples come in a fresh random order each time it has been gone through. next() gives what
-    Demos.batch gives, and sim (B,) bool. state_dict() is the position; it can be resumed with another `world`.
+class MixSampler:
+    """Endless batches in which every sample is simulated with probability exactly alpha, else real.
+
+    sim, real  Demos, or functions that open them. alpha = 0 never opens sim, alpha = 1 never opens real.
+    batch      samples per step over all ranks. Rank r gets samples r, r + world, ... of one global stream, so
+               neither alpha nor the samples depend on the number of ranks.
+    Each set is gone through in a random order, a new one for each pass. next() gives what Demos.batch gives, and
+    sim (B,) bool. state_dict() is the position in the stream; any number of ranks may resume from it.
     """
 
     def __init__(self, sim, real, alpha, batch, seed=0, rank=0, world=1):
-        if not 0 <= alpha <= 1 or not 0 <= rank < world or batch < world:
-            raise ValueError(f"alpha={alpha}, batch={batch}, rank={rank}, world={world}: need alpha in [0, 1], "
-                             "0 <= rank < world, and a sample or more for each rank")
+        if not 0 <= alpha <= 1 or not 0 <= rank < world <= batch:
+            raise ValueError(f"alpha={alpha}, batch={batch}, rank={rank}, world={world}: need alpha in [0, 1], a rank "
+                             "in [0, world), and a sample or more for each rank")
         self.alpha, self.batch, self.seed, self.rank, self.world = alpha, batch, seed, rank, world
-        wanted = (real if alpha < 1 else None, sim if alpha > 0 else None)       # index 1 is the simulated one
-        self.sets = [source() if callable(source) else source for source in wanted]
-        if (alpha < 1 and self.sets[0] is None) or (alpha > 0 and self.sets[1] is None):
-            raise ValueError(f"alpha={alpha} needs {'both sets' if 0 < alpha < 1 else 'the set it draws from'}")
-        shapes = {(part.frames.shape[1:], part.horizon, part.all_actions.shape[1], part.all_states.shape[1])
-                  for part in self.sets if part is not None}
+        needed = (alpha < 1 and real, alpha > 0 and sim)             # number 0 is real, 1 is simulated
+        self.sets = [source() if callable(source) else source for source in needed]
+        if None in self.sets:
+            raise ValueError(f"alpha={alpha} needs demonstrations from {'real' if self.sets[0] is None else 'sim'}")
+        shapes = {(part.frames.shape[1:], part.horizon, part.actions.shape[1], part.states.shape[1])
+                  for part in self.sets if part}
         if len(shapes) > 1:
-            raise ValueError("sim and real sets differ in (cameras, H, W, 3), horizon, action or state size: "
+            raise ValueError(f"sim and real differ in ((cameras, H, W, 3), horizon, action size, state size): "
                              f"{sorted(shapes)}; open both with the same arguments")
-        self.step, self.drawn = 0, [0, 0]                            # drawn so far from real, sim, all ranks together
-        self.orders = [(-1, None), (-1, None)]                       # (pass, permutation) of real, sim
+        self.step, self.drawn = 0, [0, 0]                            # by all ranks together; drawn from real, sim
+        self.orders = {}                                             # number of the set -> (pass, permutation)
 
     def __iter__(self):
         return self
 
-    def pick(self, which, count):
-        """The next `count` sample numbers of one set: a new permutation for every pass over it."""
-        out, size = np.empty(count, int), len(self.sets[which])
+    def draw(self, which, count):
+        """The next `count` sample numbers of one set."""
+        out = np.empty(count, int)
         for i in range(count):
-            turn, place = divmod(self.drawn[which] + i, size)
-            if self.orders[which][0] != turn:
-                self.orders[which] = turn, np.random.default_rng([self.seed, which, turn]).permutation(size)
+            turn, place = divmod(self.drawn[which], len(self.sets[which]))
+            if self.orders.get(which, (None,))[0] != turn:
+                shuffle = np.random.default_rng([self.seed, which, turn]).permutation
+                self.orders[which] = turn, shuffle(len(self.sets[which]))
             out[i] = self.orders[which][1][place]
-        self.drawn[which] += count
+            self.drawn[which] += 1
         return out
 
     def __next__(self):
-        coins = np.random.default_rng([self.seed, 2, self.step]).random(self.batch) < self.alpha    # True: simulated
+        sim = np.random.default_rng([self.seed, 2, self.step]).random(self.batch) < self.alpha
         numbers = np.empty(self.batch, int)
-        for which in (0, 1):
-            numbers[coins == which] = self.pick(which, int((coins == which).sum()))
+        for which in (0, 1):                                         # every rank draws for all: they stay in step
+            numbers[sim == which] = self.draw(which, np.sum(sim == which))
         self.step += 1
-        coins, numbers = coins[self.rank::self.world], numbers[self.rank::self.world]
-        parts = [self.sets[which].batch(numbers[coins == which]) for which in (0, 1) if (coins == which).any()]
-        order = np.argsort(np.argsort(coins, kind="stable"), kind="stable")      # from [real, sim] back to the stream
-        out = {key: np.concatenate([part[key] for part in parts])[order]
-               for key in ("images", "actions", "pad", "state")}
-        texts = [text for part in parts for text in part["instructions"]]
-        return out | dict(instructions=[texts[i] for i in order], sim=coins)
-
-    def identity(self):
-        return dict(alpha=self.alpha, batch=self.batch, seed=self.seed,
-                    sizes=[0 if part is None else len(part) for part in self.sets])
+        sim, numbers = sim[self.rank::self.world], numbers[self.rank::self.world]
+        parts = [self.sets[which].batch(numbers[sim == which]) for which in (0, 1) if (sim == which).any()]
+        order = np.argsort(np.argsort(sim, kind="stable"))           # [real..., sim...] -> order of the stream
+        texts = [text for part in parts for text in part.pop("instructions")]
+        return {key: np.concatenate([part[key] for part in parts])[order] for key in parts[0]} | dict(
+            instructions=[texts[i] for i in order], sim=sim)
 
     def state_dict(self):
-        return dict(self.identity(), step=self.step, drawn=list(self.drawn))
+        return dict(alpha=self.alpha, batch=self.batch, seed=self.seed, step=self.step, drawn=list(self.drawn),
+                    sizes=[len(part) if part else 0 for part in self.sets])
 
     def load_state_dict(self, state):
-        wrong = [f"{key}: saved {state[key]}, now {now}" for key, now in self.identity().items() if state[key] != now]
+        wrong = [f"{key} was {state[key]}, is {now}" for key, now in self.state_dict().items()
+                 if key not in ("step", "drawn") and state[key] != now]
         if wrong:
-            raise ValueError("cannot resume another stream of samples; " + "; ".join(wrong))
+            raise ValueError("cannot resume another stream of samples: " + "; ".join(wrong))
         self.step, self.drawn = state["step"], list(state["drawn"])
 
 
 # ------------------------------------------------------------------------------------- writing LeRobot v3.0
 
+
 class DatasetWriter:
-    """Writes a LeRobot v3.0 data set with one h264 camera. Everything goes to a temporary folder beside `folder`,
-    which gets its name when the `with` block ends without an error, and is removed otherwise.
+    """Writes a LeRobot v3.0 data set with one h264 camera, image by image; errors leave nothing behind.
 
         with DatasetWriter("demos/real", fps=5) as writer:
             writer.add_episode(images, states, actions, "open the drawer")
 
-    data_mb, video_mb: a new file begins once the current one has reached this size [MB]; the two are independent.
+    The folder gets its name when the block ends well. data_mb, video_mb [MB]: size at which a new file begins.
     """
 
-    def __init__(self, folder, fps, camera="observation.images.front", robot_type="panda", data_mb=100, video_mb=200):
-        self.folder = pathlib.Path(folder).expanduser()
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+    def __init__(self, folder, fps, camera="observation.images.front", robot="panda", data_mb=100, video_mb=200):
+        self.folder, self.camera = pathlib.Path(folder).expanduser(), camera
+        if self.folder.exists():
             raise ValueError(f"{self.folder}: exists already; remove it or choose another folder")
-        self.fps, self.camera, self.robot_type = fps, camera, robot_type
-        self.limits = dict(data=data_mb * 2**20, video=video_mb * 2**20)
-        self.files = dict(data=0, video=0)                           # running number of the current file
-        self.paths = dict(data=f"data/{CHUNK_PATH}.parquet", video=f"videos/{camera}/{CHUNK_PATH}.mp4")
-        self.table = self.video = None                               # the open parquet file and the open ffmpeg
-        self.rows, self.video_frames = 0, 0                          # in the whole set; in the current mp4
-        self.episodes, self.tasks, self.states, self.actions, self.pixels = [], {}, [], [], []
+        chunk = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+        self.info = dict(
+            codebase_version="v3.0", robot_type=robot, fps=fps, chunks_size=CHUNK_FILES, data_files_size_in_mb=data_mb,
+            video_files_size_in_mb=video_mb, data_path=f"data/{chunk}.parquet",
+            video_path="videos/{video_key}/" + f"{chunk}.mp4")
+        self.files, self.sizes = dict(data=0, video=0), dict(data=0, video=0)    # number and bytes of the current
+        self.sinks = {}                                              # kind -> open writer
+        self.rows = self.video_frames = 0                            # in the whole set; in the current mp4
+        self.episodes, self.tasks = [], {}
+        self.values = {camera: [], "observation.state": [], "action": []}        # for the statistics
 
     def __enter__(self):
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
         return self
 
-    def add_episode(self, images, states, actions, instruction, scene=None):
-        """images (T, H, W, 3) uint8; states (T, S), actions (T, A); scene: its episode number in the simulator."""
-        images, states, actions = np.asarray(images), np.asarray(states, np.float32), np.asarray(actions, np.float32)
-        wrong, length = Problems(), len(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not length or \
-                images.shape[1] % 2 or images.shape[2] % 2:          # yuv420p halves the colour resolution
-            wrong[f"images {images.dtype} {images.shape}, need uint8 (T >= 1, H, W, 3) with even H and W"]
-        if self.episodes and images.shape[1:] != self.size + (3,):
-            wrong[f"images of another size, {images.shape[1:3]} after {self.size}"]
-        for name, values, kept in (("states", states, self.states), ("actions", actions, self.actions)):
-            if values.ndim != 2 or len(values) != length or (kept and values.shape[1] != kept[0].shape[1]):
-                wrong[f"{name} {values.shape}, need ({length}, {kept[0].shape[1] if kept else 'D'})"]
-            elif not np.isfinite(values).all():
-                wrong[f"non-finite {name}"]
+    def add_episode(self, images, states, actions, instruction, scene=-1):
+        """images (T, H, W, 3) uint8, states (T, S), actions (T, A); scene: its episode number in the simulator."""
+        images, length, wrong = np.asarray(images), len(images), Problems()
+        values = {"observation.state": np.asarray(states, np.float32), "action": np.asarray(actions, np.float32)}
+        size = self.info.get("size", images.shape[1:3])
+        # yuv420p stores colour at half the resolution, so sides must be even
+        if images.dtype != np.uint8 or images.shape != (length, *size, 3) or not length or any(n % 2 for n in size):
+            wrong[f"images {images.dtype} {images.shape}: need uint8 (T >= 1, H, W, 3), H and W even and as before"]
+        for key, value in values.items():
+            width = self.values[key][0].shape[1] if self.episodes else value.shape[-1]
+            if value.shape != (length, width) or not np.isfinite(value).all():
+                wrong[f"{key} {value.shape}: need finite ({length}, {width})"]
         if not isinstance(instruction, str) or not instruction.strip():
             wrong[f"instruction missing: {instruction!r}"]
         wrong.stop(f"{self.folder}, episode {len(self.episodes)}")
-        self.size = images.shape[1:3]
+        self.info["size"] = size
         row = dict(episode_index=len(self.episodes), tasks=[instruction], length=length, scene=scene)
-        task = self.tasks.setdefault(instruction, len(self.tasks))
-        self.write_rows(row, states, actions, task)
+        self.write_rows(row, values, self.tasks.setdefault(instruction, len(self.tasks)))
         self.write_video(row, images)
         self.episodes.append(row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
-        self.states.append(states)
-        self.actions.append(actions)
-        scaled = images.reshape(-1, 3) / 255.
-        self.pixels.append(np.stack([scaled.min(0), scaled.max(0), scaled.mean(0), (scaled ** 2).mean(0)]) )
+        values[self.camera] = images[::20, ::8, ::8].reshape(-1, 3)  # a sample is enough, as in LeRobot
+        for key, value in values.items():
+            self.values[key].append(value)
 
-    def place(self, kind):
-        return dict(zip(("chunk_index", "file_index"), divmod(self.files[kind], CHUNK_FILES)))
-
-    def path(self, kind):
-        path = self.temporary / self.paths[kind].format(**self.place(kind))
+    def current(self, kind):
+        """Path of the current file of this kind, and its indices."""
+        place = dict(zip(("chunk_index", "file_index"), divmod(self.files[kind], CHUNK_FILES)))
+        path = self.temporary / self.info[f"{kind}_path"].format(video_key=self.camera, **place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return str(path), place
 
-    def write_rows(self, row, states, actions, task):
+    def wrote(self, kind, size):
+        """Goes on to a next file once about data_mb or video_mb are in this one. size [bytes] is an estimate: what
+        ffmpeg has flushed so far would depend on timing, and the same data shall give the same files."""
+        self.sizes[kind] += size
+        if self.sizes[kind] >= self.info[f"{kind}_files_size_in_mb"] * 2**20:
+            self.sinks.pop(kind).close()
+            self.files[kind], self.sizes[kind] = self.files[kind] + 1, 0
+
+    def write_rows(self, row, values, task):
         """One row group of the current data file."""
-        length, number = len(actions), len(self.episodes)
-        columns = {"observation.state": list_column(states), "action": list_column(actions),
-                   "timestamp": pa.array((np.arange(length) / self.fps).astype(np.float32)),
-                   "frame_index": pa.array(np.arange(length)), "episode_index": pa.array(np.full(length, number)),
-                   "index": pa.array(self.rows + np.arange(length)), "task_index": pa.array(np.full(length, task))}
-        table = pa.table(columns)
-        self.table = self.table or pq.ParquetWriter(self.path("data"), table.schema)
-        self.table.write_table(table)
-        row.update({f"data/{key}": value for key, value in self.place("data").items()})
-        row.update(dataset_from_index=self.rows, dataset_to_index=self.rows + length)
+        length, fps, (path, place) = row["length"], self.info["fps"], self.current("data")
+        table = pa.table({key: pa.FixedSizeListArray.from_arrays(pa.array(value.ravel()), value.shape[1])
+                          for key, value in values.items()} | dict(
+            timestamp=pa.array((np.arange(length) / fps).astype(np.float32)), frame_index=np.arange(length),
+            episode_index=np.full(length, row["episode_index"]), index=self.rows + np.arange(length),
+            task_index=np.full(length, task)))
+        if "data" not in self.sinks:
+            self.sinks["data"] = pq.ParquetWriter(path, table.schema)
+        self.sinks["data"].write_table(table)
+        row.update({f"data/{name}": number for name, number in place.items()},
+                   dataset_from_index=self.rows, dataset_to_index=self.rows + length)
         self.rows += length
-        if self.path("data").stat().st_size >= self.limits["data"]:
-            self.end_file("data")
+        self.wrote("data", table.nbytes)
 
     def write_video(self, row, images):
-        """Appends frames to the current mp4: h264, a key frame every 2 frames so that any frame is quick to reach."""
-        if self.video is None:
-            self.video = imageio_ffmpeg.write_frames(
-                str(self.path("video")), self.size[::-1], fps=self.fps, codec="libx264", quality=None, macro_block_size=1,
-                pix_fmt_out="yuv420p", output_params=["-g", "2", "-crf", str(VIDEO_CRF), "-threads", "1"])
-            self.video.send(None)
+        """Appends to the current mp4. A key frame every 2 frames, so that any frame is quick to reach."""
+        path, place = self.current("video")
+        if "video" not in self.sinks:
+            self.video_frames, self.sinks["video"] = 0, imageio_ffmpeg.write_frames(
+                path, images.shape[2:0:-1], fps=self.info["fps"], codec="libx264", quality=None,
+                macro_block_size=1, pix_fmt_out="yuv420p",
+                output_params=["-g", "2", "-crf", str(VIDEO_CRF), "-threads", "1"])
+            self.sinks["video"].send(None)
         for image in images:
-            self.video.send(np.ascontiguousarray(image))
-        key = f"videos/{self.camera}/"
-        row.update({key + name: value for name, value in self.place("video").items()})
-        row[key + "from_timestamp"] = self.video_frames / self.fps
-        self.video_frames += len(images)
-        row[key + "to_timestamp"] = self.video_frames / self.fps
-        if self.path("video").stat().st_size >= self.limits["video"]:
-            self.end_file("video")
-
-    def end_file(self, kind):
-        if kind == "data" and self.table:
-            self.table, _ = None, self.table.close()
-        if kind == "video" and self.video:
-            self.video, _ = None, self.video.close()
-            self.video_frames = 0
-        self.files[kind] += 1
+            self.sinks["video"].send(np.ascontiguousarray(image))
+        begin, self.video_frames = self.video_frames, self.video_frames + len(images)
+        place.update(from_timestamp=begin / self.info["fps"], to_timestamp=self.video_frames / self.info["fps"])
+        row.update({f"videos/{self.camera}/{name}": value for name, value in place.items()})
+        self.wrote("video", images.nbytes / 10)                      # measured at this quality, textured tables
 
     def __exit__(self, error, *_):
         try:
-            self.end_file("data")
-            self.end_file("video")
+            for sink in self.sinks.values():
+                sink.close()
             if error is None:
                 self.write_meta()
                 os.replace(self.temporary, self.folder)
@@ -909,187 +815,121 @@ class DatasetWriter:
         meta = self.temporary / "meta"
         (meta / "episodes/chunk-000").mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet")
-        # LeRobot reads this file with pandas and wants the texts as its index; this metadata is what tells pandas.
-        column = dict(name="task", field_name="task", pandas_type="unicode", numpy_type="object", metadata=None)
-        pandas = dict(index_columns=["task"], column_indexes=[], pandas_version="2.2.0",
-                      columns=[column | dict(name="task_index", field_name="task_index", pandas_type="int64",
-                                             numpy_type="int64"), column])
-        table = pa.table(dict(task_index=pa.array(list(self.tasks.values())), task=pa.array(list(self.tasks))))
-        pq.write_table(table.replace_schema_metadata(dict(pandas=json.dumps(pandas))), meta / "tasks.parquet")
-        states, actions = np.concatenate(self.states), np.concatenate(self.actions)
-        stats = {"observation.state": statistics(states), "action": statistics(actions)}
-        weights = [row["length"] for row in self.episodes]
-        low, high, mean, square = np.stack(self.pixels, 1)           # each (E, 3), in [0, 1]
-        mean, square = np.average(mean, 0, weights), np.average(square, 0, weights)
-        stats[self.camera] = dict(min=low.min(0), max=high.max(0), mean=mean, std=np.sqrt(np.maximum(0, square - mean**2)))
-        stats[self.camera] = {name: value.reshape(3, 1, 1) for name, value in stats[self.camera].items()}
+        # LeRobot reads the tasks with pandas and wants the texts as the index: this metadata tells pandas so.
+        columns = [dict(name=name, field_name=name, pandas_type=kind, numpy_type=numpy, metadata=None) for
+                   name, kind, numpy in (("task_index", "int64", "int64"), ("task", "unicode", "object"))]
+        pandas = json.dumps(dict(index_columns=["task"], column_indexes=[], columns=columns, pandas_version="2.2.0"))
+        table = pa.table(dict(task_index=list(self.tasks.values()), task=list(self.tasks)))
+        pq.write_table(table.replace_schema_metadata(dict(pandas=pandas)), meta / "tasks.parquet")
+        stats = {key: statistics(np.concatenate(values)) for key, values in self.values.items()}
+        stats[self.camera] = {name: value.reshape(3, 1, 1) / 255 for name, value in stats[self.camera].items()}
         stats = {key: {name: value.tolist() for name, value in part.items()} | dict(count=[self.rows])
                  for key, part in stats.items()}
         (meta / "stats.json").write_text(json.dumps(stats, indent=1))
-        (meta / "info.json").write_text(json.dumps(self.info(states.shape[1], actions.shape[1]), indent=1))
-
-    def info(self, state_dim, action_dim):
-        height, width = self.size
-
-        def named(dim, names):
-            return dict(dtype="float32", shape=[dim], names=list(names) if dim == len(names) else None)
-        video = {"video.fps": self.fps, "video.codec": "h264", "video.pix_fmt": "yuv420p", "video.height": height,
-                 "video.width": width, "video.channels": 3, "video.is_depth_map": False, "has_audio": False}
-        features = {self.camera: dict(dtype="video", shape=[height, width, 3], names=["height", "width", "channels"],
-                                      info=video),
-                    "observation.state": named(state_dim, STATE_NAMES), "action": named(action_dim, ACTION_NAMES),
-                    "timestamp": dict(dtype="float32", shape=[1], names=None)}
-        features |= {key: dict(dtype="int64", shape=[1], names=None)
-                     for key in ("frame_index", "episode_index", "index", "task_index")}
-        return dict(codebase_version="v3.0", robot_type=self.robot_type, total_episodes=len(self.episodes),
-                    total_frames=self.rows, total_tasks=len(self.tasks), chunks_size=CHUNK_FILES,
-                    data_files_size_in_mb=self.limits["data"] // 2**20, fps=self.fps,
-                    video_files_size_in_mb=self.limits["video"] // 2**20, splits=dict(train=f"0:{len(self.episodes)}"),
-                    data_path=self.paths["data"],
-                    video_path=self.paths["video"].replace(self.camera, "{video_key}"), features=features)
-
-
-def list_column(values):
-    """(T, D) float32 -> T fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        height, width = self.info.pop("size")
+        features = {self.camera: dict(
+            dtype="video", shape=[height, width, 3], names=["height", "width", "channels"], info={
+                "video.fps": self.info["fps"], "video.codec": "h264", "video.pix_fmt": "yuv420p", "video.height": height,
+                "video.width": width, "video.channels": 3, "video.is_depth_map": False, "has_audio": False})}
+        for key, names in (("observation.state", STATE_NAMES), ("action", ACTION_NAMES)):
+            dim = self.values[key][0].shape[1]
+            features[key] = dict(dtype="float32", shape=[dim], names=list(names) if dim == len(names) else None)
+        for key in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
+            features[key] = dict(dtype="float32" if key == "timestamp" else "int64", shape=[1], names=None)
+        self.info.update(total_episodes=len(self.episodes), total_frames=self.rows, total_tasks=len(self.tasks),
+                         splits=dict(train=f"0:{len(self.episodes)}"), features=features)
+        (meta / "info.json").write_text(json.dumps(self.info, indent=1))
 
 
 # ------------------------------------------------------------------------------------- making demonstrations
 
-def record(pipe, worker, workers, num_envs, task, domain, seed, image_size, noise):
-    """Worker w of W sends what its demonstrator did in episodes w, w + W, ... in this order, until it is stopped."""
+
+def record(task, domain, seed, first, count, image_size, noise):
+    """What the demonstrator does in episodes first ... first + count - 1: a list, in this order, of
+    (success, images (T, H, W, 3) uint8, states (T, 8), actions (T, 7), instruction)."""
     import envs
-    env = envs.VecEnv(task, domain, num_envs, seed, image_size=image_size, first_episode=worker, episode_stride=workers)
-    # The real robot's demonstrations come from an imperfect person, the simulated ones from a script (RL-Co, 4.1).
-    expert = envs.Expert(env, style="teleop" if domain == "real" else "expert", noise=noise)
-    obs, due, finished = env.reset(), worker, {}
-    steps = [[] for _ in range(num_envs)]
-    while True:
-        executed, label = expert.act()                               # (N, 7) each; only the label is recorded
-        for i in range(num_envs):
-            steps[i].append((obs["images"][i].copy(), obs["state"][i].copy(), label[i].copy()))
+    env = envs.VecEnv(task, domain, min(4, count), seed, image_size=image_size, first_episode=first)
+    # A person shows the real robot what to do, imperfectly; a script shows the simulated one.
+    expert = envs.Expert(env, style="teleop", noise=0.) if domain == "real" else envs.Expert(env, noise=noise)
+    obs, steps, episodes = env.reset(), [[] for _ in range(env.num_envs)], {}
+    while len([number for number in episodes if number < first + count]) < count:
+        executed, label = expert.act()       # (N, 7) each; the expert's noise is in the first one only
+        for i, step in enumerate(steps):
+            step.append((obs["images"][i].copy(), obs["state"][i].copy(), label[i].copy()))
         texts = obs["instructions"]
         obs, _, terminated, truncated, info = env.step(executed[:, None])
         for i in np.flatnonzero(terminated | truncated):
-            images, states, actions = (np.stack(part) for part in zip(*steps[i]))
-            finished[int(info["episode"][i])] = (bool(info["success"][i]), images, states, actions, texts[i])
+            arrays = [np.stack(column) for column in zip(*steps[i])]
+            episodes[int(info["episode"][i])] = bool(info["success"][i]), *arrays, texts[i]
             steps[i] = []
-        while due in finished:
-            pipe.send(finished.pop(due))                             # waits while the writer is busy
-            due += workers
+    return [episodes[number] for number in range(first, first + count)]
 
 
 def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64, noise=.005):
-    """Records `episodes` successful demonstrations per task in envs.py and writes them as LeRobot v3.0.
+    """Records successful demonstrations in envs.py and writes them as LeRobot v3.0; see main() for the arguments.
 
-    task, domain   as in envs.VecEnv; task "all": each of the four, `episodes` of each
-    workers        processes; 0: one per core. The data do not depend on it: it is always the first successes in the
-                   order of the episode numbers of `seed`.
-    noise          m, of the actions executed by the expert (labels stay clean); `real` has its tele-operator instead
-    Returns {task: success rate of the demonstrator}.
+    task "all": `episodes` of each task. What is recorded does not depend on the workers: always the first successes
+    in the order of the episode numbers of `seed`. Returns {task: success rate of the demonstrator}.
     """
     import envs
-    workers = min(workers or os.cpu_count(), episodes)
-    context = multiprocessing.get_context("spawn")                   # OpenGL contexts do not survive a fork
-    rates = {}
-    with DatasetWriter(out, fps=5) as writer:
+    workers, rates, limit = workers or os.cpu_count(), {}, 20 + 10 * episodes
+    block = min(16, -(-episodes // workers))                         # episodes a process records in one go
+    spawn = multiprocessing.get_context("spawn")                     # OpenGL contexts do not survive a fork
+    with DatasetWriter(out, CONTROL_HZ) as writer, \
+            concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for name in envs.TASKS if task == "all" else [task]:
-            pipes, processes = [], []
-            for worker in range(workers):
-                receiver, sender = context.Pipe(duplex=False)
-                processes.append(context.Process(target=record, daemon=True, args=(
-                    sender, worker, workers, min(8, -(-episodes // workers)), name, domain, seed, image_size,
-                    0. if domain == "real" else noise)))
-                processes[-1].start()
-                sender.close()                                       # so that a dead worker ends the pipe
-                pipes.append(receiver)
-            try:
-                rates[name] = write_successes(writer, pipes, episodes, f"{name} ({domain})")
-            finally:
-                for process in processes:
-                    process.kill()
+            blocks, pending, tried, successes = iter(range(0, limit, block)), collections.deque(), 0, 0
+            with tqdm(total=episodes, desc=f"{name} ({domain})", unit="episode") as bar:
+                while successes < episodes:
+                    while len(pending) < 2 * workers and (first := next(blocks, None)) is not None:
+                        pending.append(pool.submit(record, name, domain, seed, first, block, image_size, noise))
+                    if not pending:
+                        raise ValueError(f"{name} ({domain}): only {successes} of {tried} demonstrations succeeded, "
+                                         f"need {episodes}; nothing was written")
+                    for success, *demonstration in pending.popleft().result():
+                        if success and successes < episodes:
+                            writer.add_episode(*demonstration, scene=tried)
+                            bar.update()
+                        if successes < episodes:
+                            tried, successes = tried + 1, successes + success
+            rates[name] = successes / tried
+            for future in pending:
+                future.cancel()
     return rates
-
-
-def write_successes(writer, pipes, episodes, label):
-    """Takes episodes in the order of their numbers until enough of them succeeded. Returns the success rate."""
-    successes, limit = 0, 20 + 10 * episodes
-    with tqdm(total=episodes, desc=label, unit="episode") as bar:
-        for number in range(limit):
-            try:
-                success, images, states, actions, text = pipes[number % len(pipes)].recv()
-            except EOFError:
-                raise RuntimeError(f"{label}: a recording process died; its own message stands above") from None
-            if success:
-                writer.add_episode(images, states, actions, text, scene=number)
-                successes += 1
-                bar.update()
-            if successes == episodes:
-                return successes / (number + 1)
-    raise ValueError(f"{label}: only {successes} of {limit} demonstrations succeeded, need {episodes}; nothing was written")
 
 
 # ------------------------------------------------------------------------------------- data set card
 
-def contact_sheet(recording, path, side=6):
-    """PNG of up to side x side frames of the first camera: one row an episode, time runs to the right."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    chosen = [recording.episodes[e] for e in np.unique(np.linspace(0, len(recording.episodes) - 1, side).astype(int))]
-    part = dataclasses.replace(recording, episodes=chosen, cameras=recording.cameras[:1])
-    wanted, row = {}, 0
-    for e, episode in enumerate(chosen):
-        wanted |= {row + t: (e, c) for c, t in enumerate(np.linspace(0, episode.length - 1, side).astype(int))}
-        row += episode.length
-    figure, axes = pyplot.subplots(len(chosen), side, figsize=(2 * side, 2.1 * len(chosen)), squeeze=False)
-    for job in plan_frames(part):
-        keep = np.isin(job.rows, list(wanted))
-        job.numbers, job.rows = job.numbers[keep], job.rows[keep]
-        for k, image in decode(job, part.info):
-            axes[wanted[job.rows[k]]].imshow(image)
-    for ax in axes.flat:
-        ax.axis("off")
-    for episode, ax in zip(chosen, axes[:, 0]):
-        ax.set_title(f"{episode.index}: {episode.instructions[0]}", fontsize=8, loc="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
 
-
-def card(recording, sheet):
-    """Prints what a data set holds and writes the contact sheet. Raises ValueError that lists what is wrong with it."""
-    info, parts = recording.info, recording.episodes
-    lengths = [part.length for part in parts]
-    print(f"{recording.folder}: LeRobot {info['codebase_version']}, robot {info.get('robot_type')}, {info['fps']} fps\n"
-          f"{len(parts)} episodes, {sum(lengths)} frames = {sum(lengths) / info['fps'] / 60:.1f} minutes; "
-          f"episode length {min(lengths)}-{max(lengths)}, mean {np.mean(lengths):.1f} frames")
+def card(demos, sheet):
+    """Prints what a data set holds and writes a contact sheet: one row an episode, time runs to the right."""
+    info, lengths = demos.info, np.array([end - begin for begin, end, _ in demos.table.values()])
+    print(f"{demos.folder}: LeRobot {info['codebase_version']}, robot {info.get('robot_type')}, {info['fps']} fps\n"
+          f"{len(lengths)} episodes, {len(demos)} frames = {len(demos) / info['fps'] / 60:.1f} minutes; episode length "
+          f"{lengths.min()} to {lengths.max()} frames, mean {lengths.mean():.1f}")
     for name, feature in info["features"].items():
         if feature["dtype"] in ("image", "video"):
-            codec = (feature.get("info") or {}).get("video.codec", "png")
-            print(f"camera  {name}: {declared_size(info, name)} {feature['dtype']} {codec}"
-                  + (" (used)" if name in recording.cameras else ""))
-    plan_frames(recording)                                           # are all videos and frames there?
-    recording.problems.stop(recording.folder)
-    for text, count in collections.Counter(part.instructions[0] for part in parts).most_common():
-        print(f"task    {count:5d} episodes  {text!r}")
-    actions = np.concatenate([part.actions for part in parts])
-    stats = action_statistics(actions)
-    print(f"\n{recording.action_key:12s}" + "".join(f"{key:>10s}" for key in ("min", "q01", "mean", "q99", "max", "std"))
-          + "   outside q01..q99")
-    for d in range(actions.shape[1]):
-        outside = ((actions[:, d] < stats["q01"][d]) | (actions[:, d] > stats["q99"][d])).mean()
-        label = ACTION_NAMES[d] if actions.shape[1] == ACTION_DIM else f"[{d}]"
-        print(f"  {label:10s}" + "".join(f"{stats[key][d]:10.4f}" for key in ("min", "q01", "mean", "q99", "max", "std"))
-              + f"   {outside:8.2%}")
-    stored = recording.folder / "meta/stats.json"
-    if stored.exists():
-        stored = read_json(stored).get(recording.action_key, {})
+            print(f"camera   {name} {feature['shape']} {feature['dtype']}{' (shown)' * (name in demos.cameras)}")
+    for text, frames in collections.Counter(demos.instructions).most_common():
+        print(f"task     {text!r}: {frames} frames")
+    columns, stats = ("min", "q01", "mean", "q99", "max", "std"), action_statistics(demos.actions)
+    outside = ((demos.actions < stats["q01"]) | (demos.actions > stats["q99"])).mean(0)
+    print("action   " + "".join(f"{key:>9s}" for key in columns) + "   outside q01..q99")
+    for d, share in enumerate(outside):
+        name = ACTION_NAMES[d] if len(outside) == len(ACTION_NAMES) else f"[{d}]"
+        print(f"{name:9s}" + "".join(f"{stats[key][d]:9.4f}" for key in columns) + f"{share:11.2%}")
+    if (demos.folder / "meta/stats.json").exists():
+        stored = json.loads((demos.folder / "meta/stats.json").read_text()).get(demos.keys["actions"], {})
         off = [key for key in ("min", "max", "mean", "std") if key in stored
                and not np.allclose(stored[key], stats[key], rtol=1e-3, atol=1e-5)]
-        print(f"meta/stats.json {'disagrees on ' + ', '.join(off) if off else 'agrees with the data'}")
-    contact_sheet(recording, sheet)
-    print(f"contact sheet: {sheet}")
+        print(f"meta/stats.json {'disagrees with the data on ' + ', '.join(off) if off else 'agrees with the data'}")
+    table = np.array(list(demos.table.values()))
+    shown = table[np.unique(np.linspace(0, len(table) - 1, 6).astype(int))]      # up to 6 episodes
+    frames = np.stack([np.linspace(begin, end - 1, 8).astype(int) for begin, end, _ in shown])       # (6, 8)
+    tiles = demos.frames[frames, 0]                                              # (6, 8, H, W, 3)
+    tiles = tiles.transpose(0, 2, 1, 3, 4).reshape(len(shown) * tiles.shape[2], -1, 3)
+    Image.fromarray(tiles.repeat(2, 0).repeat(2, 1)).save(sheet)
+    print(f"contact sheet of {len(shown)} episodes: {sheet}")
 
 
 def main():
@@ -1097,32 +937,33 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("path", nargs="?", help="data set to describe: a LeRobot folder or a hub id owner/name")
-    add("--camera", nargs="+", help="image features, or their last parts; default: the first not on the wrist")
+    add("--camera", help="image feature or its last part; default: the first that is not on the wrist")
     add("--action-key", help="name of the action feature; default: action or actions")
     add("--state-key", help="name of the state feature; default: observation.state or state")
     add("--task-key", help="text column with the instruction; default: LeRobot's task_index")
-    add("--sheet", default="card.png", help="where the contact sheet goes (PNG)")
-    add("--make", action="store_true", help="record demonstrations instead, into --out")
-    add("--task", default="open-drawer", help="pick-place, push-cube, open-drawer, close-drawer or all")
-    add("--domain", default="sim", help="sim (scripted expert) or real (stand-in; imperfect tele-operator)")
+    add("--image-size", type=int, default=64, help="side of the square frames, pixels; even with --make")
+    add("--cache-dir", help="folder for the decoded frames; default: ~/.cache/sim_real_frames")
+    add("--sheet", default="card.png", help="where the contact sheet goes")
+    add("--make", action="store_true", help="first record demonstrations into --out")
+    add("--task", default="open-drawer", help="pick-place, push-cube, open-drawer, close-drawer, or all of them")
+    add("--domain", default="sim", help="sim (scripted expert) or real (stand-in, imperfect tele-operator)")
     add("--episodes", type=int, default=50, help="successful demonstrations per task, 1 or more")
-    add("--out", help="folder of the new data set; must not exist yet")
+    add("--out", help="folder of the new data set, must not exist yet")
     add("--seed", type=int, default=0, help="which scenes and which mistakes, 0 or more")
-    add("--image-size", type=int, default=64, help="side of the square frames, even number of pixels")
-    add("--noise", type=float, default=.005, help="m, disturbs the expert's actions, not its labels; 0 = none")
-    add("--workers", type=int, default=0, help="processes; 0 = one per core")
+    add("--noise", type=float, default=.005, help="m, disturbs what the expert does, not its labels; 0 = nothing")
+    add("--workers", type=int, default=0, help="processes that record; 0 = one per core")
     args = parser.parse_args()
     try:
         if args.make:
-            if args.out is None or args.episodes < 1 or args.image_size % 2:
+            if args.out is None or args.episodes < 1 or args.image_size < 2 or args.image_size % 2:
                 raise ValueError("--make needs --out, --episodes of 1 or more and an even --image-size")
             rates = make_demos(args.task, args.domain, args.episodes, args.out, args.seed, args.workers,
                                args.image_size, args.noise)
-            print("demonstrator's success rate: " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items()))
-            args.path = args.out
-        if args.path is None:
+            print("success of the demonstrator: " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items()))
+        if not (args.path or args.make):
             parser.error("give the path of a data set, or --make")
-        card(read_lerobot(args.path, args.camera, args.action_key, args.state_key, args.task_key), args.sheet)
+        card(open_dataset(args.path or args.out, args.image_size, 1, args.camera, "stretch", None, args.action_key,
+                          args.state_key, args.task_key, args.cache_dir), args.sheet)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
