@@ -4,21 +4,17 @@
     obs = env.reset()
     obs, reward, terminated, truncated, info = env.step(actions)          # actions (N, K, 7): K steps of 0.2 s
 
-Tasks    pick-place   put the object into the dish              push-cube     push the cube of the named colour
-         open-drawer  pull the drawer out                       close-drawer  push it in          all  a mixture
-Domains  sim          the digital twin, in which a policy may practise for as long as it likes
-         real         the STAND-IN for a real robot: other looks, dynamics and objects; no robot is behind it
-         pretrain     wide randomisation; shares no texture, camera or colour with the other two
-Needs    mujoco and numpy (imageio to run it as a demo, `python envs.py`); this file can be copied away alone
-
-Conventions
-    frame    robot base: x forward, y left, z up; metres, radians; the table top is z = 0
-    action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 close, +1 open]. The delta is added
-             to the previous TARGET pose, so tracking errors do not accumulate; rotations are about the base axes
-             through the tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R
-    image    (H, W, 3) uint8 RGB, top row first, one third-person camera
-    state    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0
-    arrays   N environments, K actions a chunk; 5 Hz control, 5 ms physics
+Domains  sim       the digital twin, in which a policy may practise for as long as it likes
+         real      the STAND-IN for a real robot: other looks, dynamics and objects; no robot is behind it
+         pretrain  wide randomisation; shares no texture, camera or colour with the other two
+Frame    robot base: x forward, y left, z up; metres, radians; the table top is z = 0
+Action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 close, +1 open]. The delta is added to
+         the previous TARGET pose, so tracking errors do not accumulate; rotations are about the base axes through the
+         tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R
+Image    (H, W, 3) uint8 RGB, top row first, one third-person camera
+State    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0
+Arrays   N environments, K actions a chunk; 5 Hz control, 5 ms physics
+Copies   this file needs mujoco and numpy, and imageio for its demo: python envs.py
 An episode is a function of (seed, domain, episode number): the same scene whatever the number of environments or
 processes. Environment i starts with episode first_episode + i * episode_stride; each reset takes the next free one.
 """
@@ -38,12 +34,9 @@ def choose_gl_backend():
     """Pick an off-screen OpenGL for MuJoCo. Must run before mujoco is imported: it reads MUJOCO_GL only then."""
     # Software GL (llvmpipe) starts raster threads that do not survive a fork and gain nothing at 64 px.
     os.environ.setdefault("LP_NUM_THREADS", "0")
-    if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
-        return                                        # the user's choice, or the system's own (cgl, wgl)
-    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if ctypes.util.find_library(library):
-            os.environ["MUJOCO_GL"] = backend
-            return
+    found = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library)]
+    if found and sys.platform.startswith("linux"):                 # macOS and Windows have their own, cgl and wgl
+        os.environ.setdefault("MUJOCO_GL", found[0])               # a user's choice stands
 
 
 choose_gl_backend()
@@ -51,22 +44,19 @@ import mujoco                                         # noqa: E402  (after the c
 import numpy as np                                    # noqa: E402
 from mujoco.batch import Batch, SimulationError       # noqa: E402
 
-# ----------------------------------------------------------------------------------------------- tasks
-
+# ---------------------------------------------------------------------------------------------------- tasks
 Task = collections.namedtuple("Task", "scene horizon instruction paraphrases")      # horizon in control steps of 0.2 s
 TASKS = {
     "pick-place": Task("pick", 80, "put the object into the dish", [
-        "pick up the thing and drop it in the dish", "move the item into the dish", "place the toy in the round dish",
-        "grab the object and put it on the plate", "the object belongs in the bowl"]),
+        "pick up the thing and drop it in the dish", "place the toy in the round dish", "the toy belongs in the bowl"]),
     "push-cube": Task("push", 40, "push the {colour} cube forward", [
-        "move the {colour} block away from the robot", "shove the {colour} cube to the front",
-        "push the {colour} block", "slide the {colour} cube forward", "the {colour} one goes forward"]),
+        "move the {colour} block away from the robot", "push the {colour} block", "the {colour} one goes forward"]),
     "open-drawer": Task("drawer", 40, "open the drawer", [
-        "pull the drawer open", "pull out the drawer", "slide the drawer out", "the drawer should be open"]),
+        "pull the drawer open", "slide the drawer out", "the drawer should be open"]),
     "close-drawer": Task("drawer", 40, "close the drawer", [
-        "push the drawer shut", "push in the drawer", "slide the drawer in", "the drawer should be closed"])}
+        "push the drawer shut", "slide the drawer in", "the drawer should be closed"])}
 DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
-REWARDS, REWARD_TERMS = ("events", "dense"), ("reach", "touch", "progress", "success")
+REWARD_TERMS = ("reach", "touch", "progress", "success")
 
 PHYSICS_DT, BLOCK_STEPS, BLOCKS = .005, 5, 8     # s; 8 blocks of 25 ms with fixed set-points = 0.2 s = a control step
 ACTION_LIMIT = np.array([.05, .05, .05, .3, .3, .3, 1.])       # m, rad, gripper; actions beyond it are clipped
@@ -83,11 +73,9 @@ START = {"object": np.array([[.42, .04], [.53, .14]]), "dish": np.array([[.42, -
 START_APART, START_TURN, START_OPEN = .115, .5, (.14, .19)     # m object - dish; rad of yaw; m of drawer before closing
 UNSEEN_BAND = .04                                # m; `unseen-states` starts in the band of this width around START
 CUBE_LANES, CUBE_HALF = (-.12, 0., .12), .028    # m
+HANDLE = np.array([0, .166, .055])               # m; the closed drawer's handle plate in the cabinet's frame
 
-# ----------------------------------------------------------------------------------------------- the three domains
-
-PAPERS = [(.85, .85, .80), (.30, .30, .36), (.70, .30, .25), (.25, .35, .60), (.75, .70, .35), (.50, .25, .45)]
-PAINTS = [(.10, .75, .80), (.80, .10, .70), (.60, .90, .10), (.05, .10, .40), (.98, .92, .80), (.45, .50, .10)]
+# ---------------------------------------------------------------------------------------------------- domains
 SIM_CUBES = (("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
              ("green", (.10, .65, .25)), ("orange", (.95, .45, .05)))
 REAL_CUBES = (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62)))
@@ -98,30 +86,28 @@ UNSEEN_CUBES = ((("white", (.95, .95, .95)), ("black", (.08, .08, .08)), ("brown
 UNSEEN_OBJECTS = dict(shape=["pot", "cross", "dumbbell", "house"], cabinet=(.42, .56, .74), handle=(.75, .12, .10),
                       handle_scale=.75)
 
-# The gap between the domains. One row a parameter: (sim, real, pretrain). A tuple (low, high) is drawn uniformly and a
-# list is chosen from, once an episode; anything else is fixed. `real` is one laboratory: fixed offsets, small jitter.
+# The gap between the domains, (sim, real, pretrain) for every parameter. Once an episode a tuple (low, high) is drawn
+# uniformly and a list is chosen from; the rest is fixed. `real` is one laboratory: fixed offsets with a small jitter.
 PARAMETERS = {
     "visual": dict(
         texture=("wood", "slate", ["dots", "tiles", "crosses", "plain"]),           # of the table, see scene_xml
-        table=((.62, .47, .36), (.10, .42, .40), PAPERS),                           # colours are RGB in 0-1
+        table=((.62, .47, .36), (.10, .42, .40), [(.85, .85, .80), (.30, .30, .36), (.70, .30, .25), (.25, .35, .60),
+                                                  (.75, .70, .35), (.50, .25, .45)]),   # colours are RGB in 0-1
         wall=((.72, .72, .72), (.16, .16, .19), [(.95, .90, .80), (.40, .45, .55), (.55, .40, .35), (.30, .42, .30)]),
         robot=((.95, .95, .95), (.88, .87, .82), [(1., 1., 1.), (.80, .82, .86), (.93, .90, .80), (.70, .70, .70)]),
         clutter=(False, True, [False, True]),                                       # boxes and a cloth around
         ambient=(.45, (.30, .36), (.20, .60)), diffuse=(.55, (.55, .70), (.35, .80)),   # light, of full white
         light_side=(0., (.6, .8), (-1., 1.)), shadow=(0., (.25, .35), (0., .45)),   # 0 = from above; opacity
-        camera_azimuth=(22., (24.5, 25.5), [(2., 18.), (29., 44.)]),                # deg from +x, about LOOK_AT
-        camera_elevation=(39., (36.5, 37.5), (30., 46.)),                           # deg above the table
-        camera_distance=(.90, (.92, .93), (.84, 1.05)),                             # m
-        camera_fovy=(29.5, (30.5, 31.), (28., 33.)),                                # deg
-        camera_shift=(0., (.008, .012), (-.02, .02)),                               # m, of LOOK_AT on each axis
+        azimuth=(22., (24.5, 25.5), [(2., 18.), (29., 44.)]),                       # deg from +x, about LOOK_AT
+        elevation=(39., (36.5, 37.5), (30., 46.)), fovy=(29.5, (30.5, 31.), (28., 33.)),    # deg
+        distance=(.90, (.92, .93), (.84, 1.05)), shift=(0., (.008, .012), (-.02, .02)),     # m; of LOOK_AT's xyz
         gain=(1., (.85, 1.15), (.75, 1.25)), gamma=(1., (.9, 1.1), (.8, 1.25)),     # tone curve of the camera
         tint=(0., (-.08, .08), (-.12, .12)),                                        # + warm: red up, blue down
         noise=(0, 4, [0, 3]), blur=(False, True, False), stale=(0., .1, 0.)),       # sigma of 255; P(last frame again)
     "dynamics": dict(
-        servo_stiffness=(1., (.45, .55), (.6, 1.2)), servo_damping=(.05, .08, .05),     # x SERVO_KP; kv / kp [s]
-        action_scale=(1., (.87, .93), (.9, 1.1)),                                   # executed / commanded delta
-        latency=(0., (.025, .075), (0., .05)),                                      # s from command to motion
-        gripper_damping=(100., 150., 100.), gripper_force=(40., 25., 40.),          # N s/m, N
+        stiffness=(1., (.45, .55), (.6, 1.2)), damping=(.05, .08, .05),             # of servos: x SERVO_KP; kv / kp [s]
+        action_scale=(1., (.87, .93), (.9, 1.1)), latency=(0., (.025, .075), (0., .05)),    # executed / commanded; s
+        finger_damping=(100., 150., 100.), finger_force=(40., 25., 40.),            # N s/m, N
         mass=(.05, (.10, .14), (.04, .15)), friction=(1., (.6, .7), (.7, 1.2)),     # kg; loose bodies, cubes 0.6 x
         drawer_friction=(1., (2.5, 5.), (1., 4.)), drawer_damping=(5., (12., 25.), (4., 20.)),      # N, N s/m
         start_joints=(.02, .05, .05), start_tcp=(0., .02, .03)),                    # rad, m; the arm starts +- this
@@ -130,9 +116,9 @@ PARAMETERS = {
                ["cube", "can", "ball", "carrot", "pear", "corn", "eggplant", "sponge"],
                ["block", "drum", "pill", "lens", "tee", "stack"]),
         colour=([(.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)],
-                [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)], PAINTS),
-        accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)],
-                [(.02, .02, .02), (.30, .70, .65)]),
+                [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)],
+                [(.10, .75, .80), (.80, .10, .70), (.60, .90, .10), (.05, .10, .40), (.98, .92, .80), (.45, .50, .10)]),
+        accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)], [(.02, .02, .02), (.3, .7, .6)]),
         scale=(1., (.95, 1.05), (.9, 1.15)), dish_wall=(.006, (.014, .016), (.005, .017)),  # x size; m: a plate, a bowl
         dish=((.62, .80, .20), (.92, .93, .95), [(.20, .20, .70), (.90, .30, .30), (.15, .45, .40), (.95, .85, .62)]),
         cubes=(SIM_CUBES, REAL_CUBES, PRETRAIN_CUBES),
@@ -154,27 +140,22 @@ class Gap:
 # Parts "kind, centre xyz, half sizes [m]"; kind B box, S sphere, R rod along x, C can, E ellipsoid; capital = object
 # colour, small = accent. The origin is the grasp point; the fingers close along y, where no shape is wider than 60 mm.
 SHAPES = {
-    "cube": "B 0 0 0 .023 .023 .023", "brick": "B 0 0 0 .031 .020 .018", "can": "C 0 0 0 .023 .028 0",
-    "ball": "S 0 0 0 .026 0 0", "egg": "E 0 0 0 .032 .023 .023",
-    "carrot": "R 0 0 0 .019 .020 0; b .042 0 0 .008 .012 .008", "pear": "S 0 0 0 .026 0 0; S 0 0 .030 .015 0 0",
-    "mushroom": "E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0", "block": "B 0 0 0 .024 .020 .024",
-    "bottle": "C 0 0 0 .023 .026 0; c 0 0 .036 .011 .010 0", "pill": "R 0 0 0 .020 .016 0",
-    "corn": "R 0 0 0 .020 .018 0; b -.026 0 0 .016 .020 .012", "drum": "C 0 0 0 .025 .018 0",
-    "eggplant": "E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .010 .010", "lens": "E 0 0 0 .027 .027 .020",
-    "sponge": "B 0 0 .010 .031 .022 .010; b 0 0 -.010 .031 .022 .010",
-    "pot": "C 0 0 0 .027 .020 0; b .036 0 .010 .012 .007 .006",
-    "cross": "B 0 0 0 .031 .014 .016; b 0 0 0 .012 .026 .016",
-    "dumbbell": "C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .020",
-    "house": "B 0 0 0 .025 .021 .018; b 0 0 .026 .016 .013 .008",
-    "tee": "B .014 0 0 .012 .024 .016; B -.016 0 0 .020 .014 .016",
-    "stack": "B 0 0 -.008 .024 .024 .012; c 0 0 .016 .017 .012 0"}
+    "cube": "B 0 0 0 .023 .023 .023", "can": "C 0 0 0 .023 .028 0", "ball": "S 0 0 0 .026 0 0",
+    "brick": "B 0 0 0 .031 .020 .018", "egg": "E 0 0 0 .032 .023 .023", "block": "B 0 0 0 .024 .020 .024",
+    "drum": "C 0 0 0 .025 .018 0", "pill": "R 0 0 0 .020 .016 0", "lens": "E 0 0 0 .027 .027 .020",
+    "carrot": "R 0 0 0 .019 .020 0; b .042 0 0 .008 .012 .008", "pear": "S 0 0 0 .026 0 0; S 0 0 .03 .015 0 0",
+    "mushroom": "E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0", "pot": "C 0 0 0 .027 .02 0; b .036 0 .01 .012 .007 .006",
+    "bottle": "C 0 0 0 .023 .026 0; c 0 0 .036 .011 .010 0", "corn": "R 0 0 0 .02 .018 0; b -.026 0 0 .016 .02 .012",
+    "eggplant": "E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .01 .01", "dumbbell": "C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .02",
+    "sponge": "B 0 0 .01 .031 .022 .01; b 0 0 -.01 .031 .022 .01", "cross": "B 0 0 0 .031 .014 .016; b 0 0 0 .012 .026 .016",
+    "stack": "B 0 0 -.008 .024 .024 .012; c 0 0 .016 .017 .012 0", "tee": "B .014 0 0 .012 .024 .016; B -.016 0 0 .02 .014 .016",
+    "house": "B 0 0 0 .025 .021 .018; b 0 0 .026 .016 .013 .008"}
 UNTURNED = ("can", "ball", "mushroom", "bottle", "pear", "drum", "lens", "stack")      # nobody could see their yaw
-GEOM_TYPE = {kind: getattr(mujoco.mjtGeom, f"mjGEOM_{name}") for kind, name in zip(
-    "BSRCE", ("BOX", "SPHERE", "CAPSULE", "CYLINDER", "ELLIPSOID"))}
+GEOM_TYPE = dict(B=mujoco.mjtGeom.mjGEOM_BOX, S=mujoco.mjtGeom.mjGEOM_SPHERE, R=mujoco.mjtGeom.mjGEOM_CAPSULE,
+                 C=mujoco.mjtGeom.mjGEOM_CYLINDER, E=mujoco.mjtGeom.mjGEOM_ELLIPSOID)
 
-# ----------------------------------------------------------------------------------------------- robot and scenes
-
-# Franka Panda: kinematics and inertias as in MuJoCo Menagerie / franka_ros (identified by Gaz et al. 2019). A row a link:
+# ---------------------------------------------------------------------------------------------------- robot and scenes
+# Franka Panda: kinematics and inertias of MuJoCo Menagerie / franka_ros (identified by Gaz et al. 2019). A row a link:
 # position in its parent [m], quaternion, mass [kg], centre of mass [m], inertia xx yy zz xy xz yz [kg m2], joint range
 # [rad], looks: C capsule, Y cylinder (from, to, radius), B box (centre, half sizes); capital = white, small = dark.
 LINKS = (
@@ -186,7 +167,8 @@ LINKS = (
      "-2.8973 2.8973", "C 0 0 -.09 .01 .01 -.01 .055; c .0825 0 0 .0825 .056 0 .055; C .02 .02 0 .0825 .04 0 .05"),
     (".0825 0 0", "1 1 0 0", 3.587895, "-.05317 .104419 .027454", ".025853 .019552 .028323 .007796 -.001332 .008641",
      "-3.0718 -.0698", "c 0 0 0 0 0 .056 .055; C -.02 .02 .03 -.0825 .06 0 .052; C -.0825 .03 0 -.0825 .069 0 .055"),
-    ("-.0825 .384 0", "1 -1 0 0", 1.225946, "-.011953 .041065 -.038437", ".035549 .029474 .008627 -.002117 -.004037 .000229",
+    ("-.0825 .384 0", "1 -1 0 0", 1.225946, "-.011953 .041065 -.038437",
+     ".035549 .029474 .008627 -.002117 -.004037 .000229",
      "-2.8973 2.8973", "C 0 0 -.22 0 .01 -.15 .054; C 0 .03 -.16 0 .075 -.02 .05; y 0 .05 0 0 .128 0 .05"),
     ("0 0 0", "1 1 0 0", 1.666555, ".060149 -.014117 -.010517", ".001964 .004354 .005433 .000109 -.001158 .000341",
      "-.0175 3.7525", "Y 0 0 -.044 0 0 .056 .05; C .01 .01 .005 .088 .02 .005 .045; Y .088 .0817 0 .088 -.0514 0 .044"),
@@ -197,82 +179,72 @@ ARM_TORQUE = (87, 87, 87, 87, 12, 12, 12)              # N m, limits of the real
 TOOL_LENGTH = .107 + .1034                             # m from the last joint to the TCP between the pads
 
 
-def looks_xml(looks):
-    """MJCF of geoms that are only seen, from the notation of LINKS."""
+def geoms_xml(text, classes):
+    """MJCF of the geoms in text, written as the looks of LINKS; classes = (of capital letters, of small ones)."""
     geoms = ""
-    for kind, *n in map(str.split, looks.split(";")):
+    for kind, *n in map(str.split, text.split(";")):
         shape = (f'type="box" pos="{" ".join(n[:3])}" size="{" ".join(n[3:])}"' if kind in "bB" else
                  f'type="{dict(c="capsule", y="cylinder")[kind.lower()]}" fromto="{" ".join(n[:6])}" size="{n[6]}"')
-        geoms += f'<geom class="{"white" if kind.isupper() else "dark"}" {shape}/>'
+        geoms += f'<geom class="{classes[kind.islower()]}" {shape}/>'
     return geoms
 
 
 def panda_xml():
     """MJCF of arm, hand and fingers, weight-compensated; only the finger pads collide. Joints 0-8 of every scene."""
-    def finger(side, quat):
-        return (f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
-                '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
-                f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1" damping="10"/>'
-                + looks_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014")
-                + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>')
-    arm = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1">'
-           '<inertial pos="-.01 0 .03" mass=".73" diaginertia=".001 .0025 .0017"/>'
-           + looks_xml("B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044")
-           + finger("left", "1 0 0 0") + finger("right", "0 0 0 1") + "</body>")
+    paint = ("white", "dark")
+    fingers = "".join(
+        f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
+        '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
+        f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1" damping="10"/>'
+        + geoms_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014", paint)
+        + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>'
+        for side, quat in (("left", "1 0 0 0"), ("right", "0 0 0 1")))
+    arm = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1"><inertial pos="-.01 0 .03" '
+           'mass=".73" diaginertia=".001 .0025 .0017"/>'
+           + geoms_xml("B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044", paint) + fingers + "</body>")
     for k, (pos, quat, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS))):
-        arm = (f'<body name="link{k + 1}" pos="{pos}" quat="{quat}" gravcomp="1">'
+        arm = (f'<body name="link{k}" pos="{pos}" quat="{quat}" gravcomp="1">'
                f'<inertial pos="{com}" mass="{mass}" fullinertia="{inertia}"/>'
                f'<joint name="joint{k}" axis="0 0 1" range="{limits}" armature=".1" damping="1"/>'
-               f'{looks_xml(looks)}{arm}</body>')
-    return looks_xml("B -.045 0 .035 .09 .08 .035; Y 0 0 0 0 0 .14 .07") + arm
+               f'{geoms_xml(looks, paint)}{arm}</body>')
+    return geoms_xml("B -.045 0 .035 .09 .08 .035; Y 0 0 0 0 0 .14 .07", paint) + arm
 
 
-def touch_xml(name, who, what, data):
-    return f'<contact name="{name}" {who} body2="{what}" num="1" data="{data}" reduce="netforce"/>'
+def scene_parts(scene):
+    """MJCF (bodies, contact sensors) of the things on the table in scene "pick", "push" or "drawer"."""
+    touch = '<contact {} body2="{}" num="1" data="{}" reduce="netforce"/>'
+    if scene == "pick":            # a free object of two interchangeable parts; a dish, that is a floor and eight walls
+        walls = "".join(f'<geom class="first" pos="{.062 * np.cos(a)} {.062 * np.sin(a)} .01" size=".004 .0265 .01" '
+                        f'euler="0 0 {a}"/>' for a in (np.arange(8) + .5) * np.pi / 4)
+        parts = "".join(f'<geom name="part{k}" type="box" size=".02 .02 .02" condim="4"/>' for k in range(2))
+        return (f'<body name="object" pos="0 0 .1"><freejoint/>{parts}</body><body name="dish" mocap="true">'
+                f'<geom class="second" type="cylinder" size=".062 .004" pos="0 0 .004"/>{walls}</body>',
+                "".join(touch.format(f'geom1="pad_{side}"', "object", "force") for side in ("left", "right")))
+    if scene == "push":            # three free cubes
+        return ("".join(f'<body name="cube{k}" pos="0 {k} .1"><freejoint/><geom name="cube{k}" type="box" '
+                        f'size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body>' for k in range(3)),
+                "".join(touch.format('subtree1="hand"', f"cube{k}", "found") for k in range(3)))
+    # A cabinet that is open towards +y, and a drawer with a handle plate on two pegs. The plate stands .065 m off the
+    # front, as the open gripper needs .055 m on either side of it. Only the finger pads collide with them.
+    cabinet = ("B 0 0 .106 .1 .1 .004; B 0 0 .004 .1 .1 .004; B -.096 0 .055 .004 .1 .047; B .096 0 .055 .004 .1 .047;"
+               "B 0 -.096 .055 .092 .004 .047")
+    drawer = ("B 0 0 0 .09 .005 .045; B 0 -.098 -.04 .086 .093 .004; B -.086 -.098 -.015 .004 .093 .028;"
+              "B .086 -.098 -.015 .004 .093 .028; b -.03 .032 0 .004 .032 .004; b .03 .032 0 .004 .032 .004")
+    return ('<body name="cabinet" mocap="true">' + geoms_xml(cabinet, ("first", "second"))
+            + '<body name="drawer" pos="0 .1 .055"><joint type="slide" axis="0 1 0" range="0 .2" armature=".05"/>'
+            + geoms_xml(drawer, ("first", "second")) + '<geom name="handle" class="second" pos="0 .066 0" '
+            'size=".045 .005 .018"/></body></body>', touch.format('subtree1="hand"', "drawer", "found"))
 
 
-def pick_xml():
-    """Bodies and sensors: a free object of two interchangeable parts; a dish, that is a floor and a ring of eight walls."""
-    walls = "".join(f'<geom name="dish_wall{k}" type="box" pos="{.062 * np.cos(a)} {.062 * np.sin(a)} .01" '
-                    f'size=".004 .0265 .01" euler="0 0 {a}"/>' for k, a in enumerate((np.arange(8) + .5) * np.pi / 4))
-    return ('<body name="object" pos="0 0 .1"><freejoint/><geom name="part0" type="box" size=".02 .02 .02" condim="4"/>'
-            '<geom name="part1" type="box" size=".01 .01 .01" condim="4"/></body><body name="dish" mocap="true">'
-            f'<geom name="dish_floor" type="cylinder" size=".062 .004" pos="0 0 .004"/>{walls}</body>',
-            "".join(touch_xml(side, f'geom1="pad_{side}"', "object", "force") for side in ("left", "right")))
-
-
-def push_xml():
-    """Bodies and sensors: three free cubes."""
-    return ("".join(f'<body name="cube{k}" pos="0 {k} .1"><freejoint/><geom name="cube{k}" type="box" '
-                    f'size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body>' for k in range(3)),
-            "".join(touch_xml(f"cube{k}", 'subtree1="hand"', f"cube{k}", "found") for k in range(3)))
-
-
-def drawer_xml():
-    """Bodies and sensors: a cabinet that is open towards +y and a drawer with a handle plate on two pegs. The plate stands
-    .065 m off the front, as the open gripper needs .055 m on either side of it."""
-    def panels(text):              # "name centre half-sizes"
-        return "".join('<geom class="panel" name="{0}" pos="{1} {2} {3}" size="{4} {5} {6}"/>'.format(*row.split())
-                       for row in text.split(";"))
-    return ('<body name="cabinet" mocap="true">' + panels(
-        "cabinet_top 0 0 .106 .1 .1 .004; cabinet_base 0 0 .004 .1 .1 .004; cabinet_left -.096 0 .055 .004 .1 .047;"
-        "cabinet_right .096 0 .055 .004 .1 .047; cabinet_back 0 -.096 .055 .092 .004 .047")
-        + '<body name="drawer" pos="0 .1 .055"><joint name="drawer" type="slide" axis="0 1 0" range="0 .2" armature=".05"/>'
-        + panels(
-        "drawer_front 0 0 0 .09 .005 .045; drawer_floor 0 -.098 -.04 .086 .093 .004; drawer_left -.086 -.098 -.015 .004 .093 "
-        ".028; drawer_right .086 -.098 -.015 .004 .093 .028; handle_peg0 -.03 .032 0 .004 .032 .004; handle_peg1 .03 .032 0 "
-        ".004 .032 .004; handle 0 .066 0 .045 .005 .018") + "</body></body>",
-        touch_xml("drawer", 'subtree1="hand"', "drawer", "found"))
-
-
-HANDLE = np.array([0, .166, .055])     # m; centre of the closed drawer's handle plate in the cabinet's frame
+WHITE, CLUTTER, FIRST, SECOND = 1, 3, 4, 5     # geom groups: what shares a group shares its colour
 
 
 def scene_xml(scene, image_size):
     """Complete MJCF of the scene "pick", "push" or "drawer".
 
     One quad, few slices, no multi-sampling, no shadow maps: software OpenGL pays for triangles, not for pixels."""
-    bodies, sensors = dict(pick=pick_xml, push=push_xml, drawer=drawer_xml)[scene]()
+    bodies, sensors = scene_parts(scene)
+    contype = 3 if scene == "pick" else 2          # pads collide with 1 and 2, loose objects with 1 only
     textures = "".join(
         f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="{mark}" markrgb="{rgb}" '
         f'random="{density}" width="{size}" height="{size}"/>'
@@ -281,30 +253,31 @@ def scene_xml(scene, image_size):
             ("wood", "flat", "random", ".82 .72 .62", .25, 64), ("slate", "flat", "random", ".55 .62 .62", .12, 48),
             ("dots", "flat", "random", ".55 .55 .55", .03, 24), ("tiles", "checker", "none", ".75 .75 .75", 0, 16),
             ("crosses", "flat", "cross", ".5 .5 .5", 0, 32), ("plain", "flat", "none", "1 1 1", 0, 8)))
-    clutter = "".join(f'<geom name="clutter{k}" class="scenery" pos="{pos}" size="{size}" rgba="{rgb} 1"/>'
-                      for k, (pos, size, rgb) in enumerate((
-                          ("-.25 .45 .15", ".08 .10 .15", ".2 .22 .3"), ("-.35 -.35 .22", ".10 .08 .22", ".25 .18 .15"),
-                          ("-.02 -.42 .05", ".06 .05 .05", ".35 .3 .1"), (".10 .46 .001", ".16 .12 .001", ".08 .45 .2"))))
+    clutter = "".join(f'<geom class="scenery" group="3" pos="{at}" size="{size}" rgba="{rgb} 1"/>' for at, size, rgb in (
+        ("-.25 .45 .15", ".08 .10 .15", ".2 .22 .3"), ("-.35 -.35 .22", ".10 .08 .22", ".25 .18 .15"),
+        ("-.02 -.42 .05", ".06 .05 .05", ".35 .3 .1"), (".10 .46 .001", ".16 .12 .001", ".08 .45 .2")))
     servos = "".join(f'<position joint="{joint}" kp="1" kv="1" forcerange="-1 1"/>'     # gains: VecEnv.apply_dynamics
                      for joint in [f"joint{k}" for k in range(7)] + ["left", "right"])
     return f"""<mujoco>
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="{PHYSICS_DT}" integrator="implicitfast" cone="elliptic" impratio="10"><flag midphase="disable"/></option>
+  <option timestep="{PHYSICS_DT}" integrator="implicitfast" cone="elliptic" impratio="10"><flag midphase="disable"/>
+  </option>
   <visual><global offwidth="{max(image_size, 8)}" offheight="{max(image_size, 8)}"/><map znear=".05" zfar="8"/>
     <quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/><headlight active="0"/></visual>
   <statistic extent="1" center=".4 0 .2"/>
   <default>
-    <default class="white"><geom contype="0" conaffinity="0" mass="0" group="1" rgba=".95 .95 .95 1"/></default>
+    <default class="white"><geom contype="0" conaffinity="0" mass="0" group="1"/></default>
     <default class="dark"><geom contype="0" conaffinity="0" mass="0" group="2" rgba=".18 .18 .20 1"/></default>
     <default class="scenery"><geom type="box" contype="0" conaffinity="0" mass="0"/></default>
-    <default class="panel"><geom type="box" contype="2" conaffinity="0"/></default>
+    <default class="first"><geom type="box" contype="{contype}" conaffinity="0" group="4"/></default>
+    <default class="second"><geom type="box" contype="{contype}" conaffinity="0" group="5"/></default>
     <default class="pad"><geom type="box" conaffinity="3" mass="0" condim="4" friction="1 .005 .0001" solref=".01 1"
       solimp=".95 .99 .001" rgba=".25 .25 .27 1"/></default>
   </default>
   <asset>{textures}</asset>
   <worldbody>
     <light type="directional" castshadow="false" specular="0 0 0"/>
-    <camera name="front"/>
+    <body name="look_at" mocap="true"/><camera mode="targetbody" target="look_at"/>
     <geom name="table" type="box" pos=".35 0 -.02" size=".55 .60 .02" material="wood" friction=".6 .005 .0001"/>
     <geom name="wall" class="scenery" pos="-.60 0 .4" size=".01 1.6 1.2"/>
     {clutter}{panda_xml()}{bodies}
@@ -313,26 +286,22 @@ def scene_xml(scene, image_size):
   <sensor>{sensors}</sensor>
 </mujoco>"""
 
-# ----------------------------------------------------------------------------------------------- kinematics
-
+# ---------------------------------------------------------------------------------------------------- kinematics
 JOINT_OFFSET = np.array([[float(x) for x in link[0].split()] for link in LINKS])       # (7, 3) m
 JOINT_RANGE = np.array([[float(x) for x in link[5].split()] for link in LINKS]).T      # (2, 7) rad
 
 
 def rotation(axis, angle):
     """(..., 3, 3) rotation matrices about x, y or z (axis 0, 1, 2) by angle (...) [rad]."""
-    c, s = np.cos(angle), np.sin(angle)
-    matrix = np.zeros(np.shape(angle) + (3, 3))
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrix[..., axis, axis] = 1
-    matrix[..., i, i], matrix[..., i, j] = c, -s
-    matrix[..., j, i], matrix[..., j, j] = s, c
+    matrix, i, j = np.zeros(np.shape(angle) + (3, 3)), (axis + 1) % 3, (axis + 2) % 3
+    matrix[..., axis, axis], matrix[..., i, i], matrix[..., j, j] = 1, np.cos(angle), np.cos(angle)
+    matrix[..., i, j], matrix[..., j, i] = -np.sin(angle), np.sin(angle)
     return matrix
 
 
 # The fixed part of each joint's frame is a quarter turn about x: the quaternion (1, +-1, 0, 0) of LINKS.
 JOINT_TILT = rotation(0, np.array([np.pi / 2 * float(link[1].split()[1]) for link in LINKS]))      # (7, 3, 3)
-TOOL = rotation(2, np.array(-np.pi / 4))                                                # (3, 3)
+TOOL_TURN = rotation(2, np.array(-np.pi / 4))                                           # (3, 3)
 
 
 def forward_kinematics(q):
@@ -349,35 +318,33 @@ def forward_kinematics(q):
     position = position + frame[:, :, 2] * TOOL_LENGTH
     arm = position[:, None] - origins                          # (N, 7, 3)
     linear = axes[..., [1, 2, 0]] * arm[..., [2, 0, 1]] - axes[..., [2, 0, 1]] * arm[..., [1, 2, 0]]   # axis x arm
-    return position, frame @ TOOL, np.concatenate([linear, axes], -1).swapaxes(1, 2)
+    return position, frame @ TOOL_TURN, np.concatenate([linear, axes], -1).swapaxes(1, 2)
 
 
 def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.05, max_step=.25):
     """Joint angles (N, 7) that bring the TCP to position (N, 3) and frame (N, 3, 3), starting from q (N, 7).
 
-    Damped least squares with a pull towards HOME in the null space:
-        dq = J+ e + (I - J+ J) posture (HOME - q),    J+ = J^T (J J^T + damping^2 I)^-1
-    Three iterations leave 0.01 mm of a 3 cm step."""
+    Damped least squares with a pull towards HOME in the null space; three iterations leave 0.01 mm of a 3 cm step:
+        dq = J+ e + (I - J+ J) posture (HOME - q),    J+ = J^T (J J^T + damping^2 I)^-1"""
     for _ in range(iterations):
         now, turn, jacobian = forward_kinematics(q)
         relative = frame @ turn.swapaxes(1, 2)
         skew = (relative - relative.swapaxes(1, 2)) / 2        # sin(angle) * axis: exact enough near the solution
         error = np.concatenate([position - now, skew[:, [2, 0, 1], [1, 2, 0]]], 1)[..., None]      # (N, 6, 1)
-        pull = (posture * (HOME - q))[..., None]
-        transposed = jacobian.swapaxes(1, 2)
+        pull, transposed = (posture * (HOME - q))[..., None], jacobian.swapaxes(1, 2)
         solved = np.linalg.solve(jacobian @ transposed + damping ** 2 * np.eye(6), error - jacobian @ pull)
-        dq = (transposed @ solved + pull)[..., 0]
-        q = np.clip(q + np.clip(dq, -max_step, max_step), JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
+        dq = np.clip((transposed @ solved + pull)[..., 0], -max_step, max_step)
+        q = np.clip(q + dq, JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
     return q
 
 
 def euler_of(frame):
-    """Roll, pitch, yaw (N, 3) [rad] of R = Rz(yaw) Ry(pitch) Rx(roll), frame (N, 3, 3)."""
-    return np.stack([np.arctan2(frame[:, 2, 1], frame[:, 2, 2]), -np.arcsin(np.clip(frame[:, 2, 0], -1, 1)),
-                     np.arctan2(frame[:, 1, 0], frame[:, 0, 0])], 1)
+    """Roll in [0, 2 pi) (straight down is pi), pitch, yaw (N, 3) [rad] of R = Rz(yaw) Ry(pitch) Rx(roll), (N, 3, 3)."""
+    return np.stack([np.arctan2(frame[:, 2, 1], frame[:, 2, 2]) % (2 * np.pi),
+                     -np.arcsin(np.clip(frame[:, 2, 0], -1, 1)), np.arctan2(frame[:, 1, 0], frame[:, 0, 0])], 1)
 
-# ----------------------------------------------------------------------------------------------- rendering
 
+# ---------------------------------------------------------------------------------------------------- rendering
 GL_CONTEXT = {}   # process id: context, one for all environments of a process: MuJoCo frees the buffers of a collected
 #                   environment in whatever context is current, which would destroy another one's
 
@@ -391,9 +358,9 @@ def open_gl():
     except Exception as error:     # every backend fails in its own way: ImportError, AttributeError, FatalError ...
         raise RuntimeError(
             f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with "
-            f"{type(error).__name__}: {error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start Python "
-            "with MUJOCO_GL=egl (or osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; macOS and "
-            "Windows: unset MUJOCO_GL. Without pictures: image_size=0.") from error
+            f"{type(error).__name__}: {error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start "
+            "Python with MUJOCO_GL=egl (or osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; "
+            "macOS and Windows: unset MUJOCO_GL. Without pictures: image_size=0.") from error
 
 
 def gl_renderer_name():
@@ -411,8 +378,8 @@ def gl_renderer_name():
 
 PER_ENVIRONMENT = ("geom_type", "geom_size", "geom_pos", "geom_quat", "geom_rgba", "geom_matid", "geom_friction",
                    "geom_contype", "geom_conaffinity", "body_mass", "body_inertia", "dof_damping", "dof_frictionloss",
-                   "jnt_range", "actuator_gainprm", "actuator_biasprm", "actuator_forcerange", "cam_pos", "cam_quat",
-                   "cam_fovy", "light_dir", "light_ambient", "light_diffuse")
+                   "jnt_range", "actuator_gainprm", "actuator_biasprm", "actuator_forcerange", "cam_pos", "cam_fovy",
+                   "light_dir", "light_ambient", "light_diffuse")
 
 
 class Scene:
@@ -426,12 +393,12 @@ class Scene:
         self.qpos, self.qvel, self.ctrl, self.mocap_pos, self.sensor = map(
             self.batch.bind, ("qpos", "qvel", "ctrl", "mocap_pos", "sensordata"))
         self.field = {name: self.batch.expand(name) for name in PER_ENVIRONMENT}
-        self.loose = [b for b in range(self.model.nbody) if self.model.body_dofnum[b] == 6]
-        self.context, self.models = None, [None] * num_envs    # models[i]: what environment i looks like
+        self.loose = np.flatnonzero(self.model.body_dofnum == 6)       # the bodies that lie on the table
+        self.models = [None] * num_envs                        # models[i]: what environment i looks like
         if image_size:
             self.data, self.option, self.camera = mujoco.MjData(self.model), mujoco.MjvOption(), mujoco.MjvCamera()
             self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
-            self.view = mujoco.MjvScene(self.model, maxgeom=200)
+            self.option.geomgroup[:], self.view = 1, mujoco.MjvScene(self.model, maxgeom=200)
             self.view.flags[:] = 0                             # no shadow map, reflection, skybox, haze
             self.view.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 1     # without it every face is drawn twice
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
@@ -439,9 +406,10 @@ class Scene:
             self.rect = mujoco.MjrRect(0, 0, image_size, image_size)
 
     def set_geom(self, i, name, **values):
-        """Write geom_<field> of one geom of environment i."""
+        """Write geom_<field> of one geom, or of all geoms of a group, of environment i."""
+        geoms = self.model.geom(name).id if isinstance(name, str) else self.model.geom_group == name
         for field, value in values.items():
-            self.field["geom_" + field][i, self.model.geom(name).id] = value
+            self.field["geom_" + field][i, geoms] = value
 
     def render(self, i, tcp, drawn):
         """Picture (H, W, 3) uint8 of environment i and the seconds that OpenGL took. Shadows are discs under the loose
@@ -452,7 +420,8 @@ class Scene:
         mujoco.mjv_updateScene(model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, view)
         for x, y, z in [*data.xpos[self.loose], tcp] if drawn.shadow else ():
             mujoco.mjv_initGeom(view.geoms[view.ngeom], mujoco.mjtGeom.mjGEOM_CYLINDER, np.array([.028, .028, .0004]),
-                                np.array([x, y - drawn.light_side * z, .001]), np.eye(3).ravel(), np.float32([0, 0, 0, drawn.shadow]))
+                                np.array([x, y - drawn.light_side * z, .001]), np.eye(3).ravel(),
+                                np.array([0, 0, 0, drawn.shadow], np.float32))
             view.ngeom += 1
         before = time.perf_counter()
         mujoco.mjr_render(self.rect, view, self.context)
@@ -479,28 +448,17 @@ def process_image(image, drawn, step):
         image = np.clip(image.astype(np.int16) + noise, 0, 255)
     return image.astype(np.uint8)
 
-# ----------------------------------------------------------------------------------------------- environments
 
-
+# ---------------------------------------------------------------------------------------------------- environments
 def draw(rng, value):
-    """One sample of a PARAMETERS entry: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
+    """One sample of an entry of PARAMETERS: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
     if isinstance(value, list):
         return draw(rng, value[rng.integers(len(value))])
     return rng.uniform(*value) if isinstance(value, tuple) and len(value) == 2 else value
 
 
-def camera_pose(azimuth, elevation, distance, look_at):
-    """Position (3,) and quaternion (4,) of a camera that orbits look_at; angles in degrees, no roll."""
-    (cos_a, cos_e), (sin_a, sin_e) = np.cos(np.radians([azimuth, elevation])), np.sin(np.radians([azimuth, elevation]))
-    axes = np.array([[-sin_a, -sin_e * cos_a, cos_e * cos_a],  # columns: right, up, backward
-                     [cos_a, -sin_e * sin_a, cos_e * sin_a], [0, cos_e, sin_e]])
-    quat = np.empty(4)
-    mujoco.mju_mat2Quat(quat, axes.ravel())
-    return look_at + distance * axes[:, 2], quat
-
-
 class VecEnv:
-    """N environments of one task (or of `all`), stepped together; each restarts by itself when its episode ends.
+    """N environments of one task, or of `all`, stepped together; each restarts by itself when its episode ends.
 
     task: a name in TASKS, or "all": every episode draws its task.    domain: one of DOMAINS.    num_envs: N.
     seed: which sequence of episodes.    image_size: pixels (H = W), 8 to 512; 0 = no pictures and no OpenGL.
@@ -514,11 +472,11 @@ class VecEnv:
     def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events", gap=Gap(),
                  paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
         wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
-            ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, REWARDS),
+            ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
             ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS)) if got not in known]
         wrong += [f"{name} must be a whole number from {low} to {high}, got {got!r}" for name, got, low, high in (
-            ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512),
-            ("first_episode", first_episode, 0, 1 << 32), ("episode_stride", episode_stride, 1, 1 << 32))
+            ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("first_episode", first_episode, 0, 1 << 32),
+            ("episode_stride", episode_stride, 1, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512))
             if not isinstance(got, (int, np.integer)) or not low <= got <= high]
         if wrong:
             raise ValueError("VecEnv: " + "; ".join(wrong))
@@ -530,25 +488,22 @@ class VecEnv:
         self.parameters = {name: row[column[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
         if variant == "unseen-objects":
             self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
-        canonical, wordings = [[t.instruction] for t in TASKS.values()], [t.paraphrases for t in TASKS.values()]
-        self.wordings = dict(zip(TASKS, wordings if domain == "pretrain" else
-                                 map(list.__add__, canonical, wordings) if paraphrase else canonical))
+        self.wordings = {name: [task.instruction] * (domain != "pretrain")
+                         + task.paraphrases * (paraphrase or domain == "pretrain") for name, task in TASKS.items()}
         if image_size:
             open_gl()
-        self.renderer = gl_renderer_name() if image_size else "none"
         self.scenes = {name: Scene(name, n, image_size) for name in sorted({TASKS[t].scene for t in self.tasks})}
-        self.seconds = dict(physics=0., gl=0.)                 # spent in mj_step and in OpenGL since the start
+        self.seconds, self.frames = dict(physics=0., gl=0.), 0     # spent in mj_step and OpenGL; pictures; since the start
         self.episode, self.steps, self.horizon, self.latency, self.named = np.zeros((5, n), int)    # latency in blocks
         self.task, self.scene_of, self.instruction, self.drawn, self.acting = np.full((5, n), None)
         self.scale, self.rest, self.stroke, self.start_distance, self.object_yaw = np.ones((5, n))
-        self.touched, self.succeeded, self.lost, self.diverged, self.touch, self.success, self.wrong = np.zeros((7, n), bool)
+        self.touched, self.succeeded, self.lost, self.diverged = np.zeros((4, n), bool)     # latches of the episode
+        self.touch, self.success, self.wrong = np.zeros((3, n), bool)                       # now
         self.target, self.tcp, self.object, self.goal = np.zeros((4, n, 3))     # m: commanded TCP; measured TCP, ...
         self.target_frame, self.frame, self.start = np.zeros((3, n, 3, 3))      # start: m, of the loose bodies
         self.q_new, self.q_old, self.q_older = np.zeros((3, n, 7))              # set-points at the ends of three steps
         self.grip_new, self.grip_old, self.opening, self.finger_speed = np.zeros((4, n))
         self.images = np.zeros((n, image_size, image_size, 3), np.uint8)
-
-    # -- starting an episode
 
     def reset(self):
         """Start over: environment i gets episode first_episode + i * episode_stride. Returns observe() of all."""
@@ -576,17 +531,18 @@ class VecEnv:
         self.scene_of[i], self.horizon[i], self.steps[i] = *TASKS[self.task[i]][:2], 0
         self.instruction[i] = draw(layout, self.wordings[self.task[i]])
         self.touched[i] = self.succeeded[i] = self.lost[i] = self.diverged[i] = False
-        scene, drawn = self.scenes[self.scene_of[i]], types.SimpleNamespace()
+        self.drawn[i] = drawn = types.SimpleNamespace()
         for rng, part in zip(parts, PARAMETERS):
-            vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]}, rng=rng)
-        drawn.stale_frames = parts[0].random(self.horizon[i] + 1) < drawn.stale
-        drawn.noise_seed, self.drawn[i] = parts[0].integers(1 << 20), drawn
+            vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]})
+        drawn.repeats = parts[0].random(self.horizon[i] + 1) < drawn.stale     # whether step t shows the last frame
+        drawn.noise_seed = parts[0].integers(1 << 20)
+        scene = self.scenes[self.scene_of[i]]
         scene.batch.reset([i], stage=0)
         for name, rows in scene.field.items():
             rows[i] = getattr(scene.model, name)
-        dict(pick=self.place_pick, push=self.place_push, drawer=self.place_drawer)[self.scene_of[i]](scene, i, layout, drawn)
         self.apply_looks(scene, i, drawn)
         self.apply_dynamics(scene, i, drawn)
+        dict(pick=self.place_pick, push=self.place_push, drawer=self.place_drawer)[self.scene_of[i]](scene, i, layout, drawn)
         return parts[1]
 
     def start_xy(self, layout, name):
@@ -600,27 +556,24 @@ class VecEnv:
     def place_pick(self, scene, i, layout, drawn):
         """An object of random shape, colour and yaw, and the dish."""
         parts = [part.split() for part in SHAPES[drawn.shape].split(";")]
+        scene.set_geom(i, "part1", rgba=0, contype=0, conaffinity=0)           # off, unless the shape has two parts
         self.named[i] = self.rest[i] = 0
-        for k in range(2):
-            if k >= len(parts):                                # a shape of one part: the other slot is off
-                scene.set_geom(i, f"part{k}", rgba=0, contype=0, conaffinity=0)
-                continue
-            kind, numbers = parts[k][0], drawn.scale * np.array(parts[k][1:], float)
+        for k, (kind, *numbers) in enumerate(parts):
+            numbers = drawn.scale * np.array(numbers, float)
             scene.set_geom(i, f"part{k}", type=GEOM_TYPE[kind.upper()], pos=numbers[:3], size=numbers[3:],
-                           rgba=(*(drawn.colour if kind.isupper() else drawn.accent), 1),
+                           rgba=(*(drawn.colour if kind.isupper() else drawn.accent), 1), contype=1, conaffinity=1,
                            quat=(.5 ** .5, 0, .5 ** .5, 0) if kind == "R" else (1, 0, 0, 0))
-            height = numbers[{"S": 3, "R": 3, "C": 4}.get(kind.upper(), 5)]
-            self.rest[i] = max(self.rest[i], height - numbers[2])      # m, of the origin when the object lies
-        scene.set_geom(i, "dish_floor", rgba=(*drawn.dish, 1))
-        for k in range(8):
-            x, y, _ = scene.model.geom(f"dish_wall{k}").pos
-            scene.set_geom(i, f"dish_wall{k}", size=(.004, .0265, drawn.dish_wall), pos=(x, y, drawn.dish_wall),
-                           rgba=(*.85 * np.array(drawn.dish), 1))
+            height = numbers[dict(S=3, R=3, C=4).get(kind.upper(), 5)]
+            self.rest[i] = max(self.rest[i], height - numbers[2])              # m, of the origin on the table
+        scene.set_geom(i, SECOND, rgba=(*drawn.dish, 1))
+        scene.set_geom(i, FIRST, rgba=(*.85 * np.array(drawn.dish), 1))
+        walls = scene.model.geom_group == FIRST
+        scene.field["geom_size"][i, walls, 2] = scene.field["geom_pos"][i, walls, 2] = drawn.dish_wall
         yaw, xy, dish = layout.uniform(-START_TURN, START_TURN) * (drawn.shape not in UNTURNED), 0, 0
         while np.linalg.norm(xy - dish) < START_APART:
             xy, dish = self.start_xy(layout, "object"), self.start_xy(layout, "dish")
         scene.qpos[i, 9:16] = *xy, self.rest[i], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-        scene.mocap_pos[i, 0] = *dish, 0
+        scene.mocap_pos[i, 1, :2] = dish
 
     def place_push(self, scene, i, layout, drawn):
         """Three cubes of different colours in three lanes; the instruction names one."""
@@ -634,39 +587,37 @@ class VecEnv:
 
     def place_drawer(self, scene, i, layout, drawn):
         """The cabinet at the robot's right; its drawer slides along y."""
-        for geom in range(scene.model.ngeom):
-            name = scene.model.geom(geom).name
-            if name.startswith(("cabinet", "drawer", "handle")):
-                paint = drawn.handle if name.startswith("handle") else np.array(drawn.cabinet) * (.85 if "floor" in name else 1)
-                scene.set_geom(i, geom, rgba=(*paint, 1))
+        scene.set_geom(i, FIRST, rgba=(*drawn.cabinet, 1))
+        scene.set_geom(i, SECOND, rgba=(*drawn.handle, 1))
         scene.set_geom(i, "handle", size=scene.model.geom("handle").size * (drawn.handle_scale, 1, drawn.handle_scale))
         self.stroke[i] = scene.field["jnt_range"][i, 9, 1] = drawn.stroke
         scene.field["dof_frictionloss"][i, 9], scene.field["dof_damping"][i, 9] = drawn.drawer_friction, drawn.drawer_damping
-        scene.mocap_pos[i, 0] = *self.start_xy(layout, "cabinet"), 0
+        scene.mocap_pos[i, 1, :2] = self.start_xy(layout, "cabinet")
         scene.qpos[i, 9] = layout.uniform(*START_OPEN) if self.task[i] == "close-drawer" else 0
 
     def apply_looks(self, scene, i, drawn):
         """Surroundings, light, camera, and the tone curves of its image processing."""
         scene.set_geom(i, "table", matid=scene.model.material(drawn.texture).id, rgba=(*drawn.table, 1))
         scene.set_geom(i, "wall", rgba=(*drawn.wall, 1))
-        scene.field["geom_rgba"][i, scene.model.geom_group == 1, :3] = drawn.robot      # the white parts
-        for k in range(4 * (not drawn.clutter)):
-            scene.set_geom(i, f"clutter{k}", rgba=0)           # alpha 0 is not drawn at all
-        light, field = np.array([-.25, -drawn.light_side, -1]), scene.field
+        scene.set_geom(i, WHITE, rgba=(*drawn.robot, 1))
+        if not drawn.clutter:
+            scene.set_geom(i, CLUTTER, rgba=0)                 # alpha 0 is not drawn at all
+        light, field, look_at = np.array([-.25, -drawn.light_side, -1]), scene.field, LOOK_AT + drawn.shift
         field["light_dir"][i, 0] = light / np.linalg.norm(light)
         field["light_ambient"][i, 0], field["light_diffuse"][i, 0] = drawn.ambient, drawn.diffuse
-        field["cam_pos"][i, 0], field["cam_quat"][i, 0] = camera_pose(
-            drawn.camera_azimuth, drawn.camera_elevation, drawn.camera_distance, LOOK_AT + drawn.camera_shift)
-        field["cam_fovy"][i, 0] = drawn.camera_fovy
-        drawn.curves, ramp = None, (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
-        if (drawn.gain, drawn.tint, drawn.gamma) != (1, 0, 1):         # (3, 256): red, green, blue
-            drawn.curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
+        a, e = np.radians([drawn.azimuth, drawn.elevation])
+        toward = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
+        scene.mocap_pos[i, 0], field["cam_pos"][i, 0] = look_at, look_at + drawn.distance * toward
+        field["cam_fovy"][i, 0] = drawn.fovy
+        ramp = (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
+        curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
+        drawn.curves = None if (drawn.gain, drawn.tint, drawn.gamma) == (1, 0, 1) else curves      # (3, 256): R, G, B
 
     def apply_dynamics(self, scene, i, drawn):
         """Servos (force = kp (ctrl - q) - kv dq/dt, limited), delay, tracking; mass and friction of the loose bodies."""
-        kp = np.array([*(drawn.servo_stiffness * np.array(SERVO_KP)), FINGER_KP, FINGER_KP])
-        kv = np.array([*(drawn.servo_damping * kp[:7]), drawn.gripper_damping, drawn.gripper_damping])
-        force = np.array([*ARM_TORQUE, drawn.gripper_force, drawn.gripper_force])
+        kp = np.array([*(drawn.stiffness * np.array(SERVO_KP)), FINGER_KP, FINGER_KP])
+        kv = np.array([*(drawn.damping * kp[:7]), drawn.finger_damping, drawn.finger_damping])
+        force = np.array([*ARM_TORQUE, drawn.finger_force, drawn.finger_force])
         field, loose = scene.field, np.isin(scene.model.geom_bodyid, scene.loose)
         field["actuator_gainprm"][i, :, 0], field["actuator_biasprm"][i, :, 1:3] = kp, np.stack([-kp, -kv], 1)
         field["actuator_forcerange"][i] = np.stack([-force, force], 1)
@@ -687,8 +638,6 @@ class VecEnv:
         for i, joints in zip(ids, np.pad(q, ((0, 0), (0, 2)), constant_values=FINGER_OPEN)):
             scene = self.scenes[self.scene_of[i]]
             scene.qpos[i, :9] = scene.ctrl[i] = joints
-
-    # -- one step
 
     def step(self, actions):
         """Run chunks of actions (N, K, 7), see the header; an environment that ends inside a chunk skips the rest.
@@ -742,9 +691,8 @@ class VecEnv:
         self.q_older[ids], self.q_old[ids], self.grip_old[ids] = self.q_old[ids], self.q_new[ids], self.grip_new[ids]
         self.q_new[ids] = inverse_kinematics(self.q_old[ids], self.target[ids], self.target_frame[ids])
         self.grip_new[ids] = FINGER_CLOSED + (action[:, 6] + 1) / 2 * (FINGER_OPEN - FINGER_CLOSED)
-        groups = self.members(ids)
+        groups, before = self.members(ids), time.perf_counter()
         alarms = [scene.batch.warning[rows, :, 1].sum(1) for _, scene, rows in groups]
-        before = time.perf_counter()
         for block in range(BLOCKS):
             # progress through this step's set-points; negative while a delayed robot still follows the last step's
             s = ((block + 1 - self.latency) / BLOCKS)[:, None]                          # (N, 1)
@@ -765,24 +713,22 @@ class VecEnv:
     def measure(self, ids):
         """Read tool, object, goal, touch, success and failure from the simulations of environments ids."""
         for name, scene, rows in self.members(ids[~self.diverged[ids]]):
-            qpos, sensor, named = scene.qpos[rows], scene.sensor[rows], self.named[rows]
+            qpos, sensor, named, every = scene.qpos[rows], scene.sensor[rows], self.named[rows], np.arange(len(rows))
             self.tcp[rows], self.frame[rows], _ = forward_kinematics(qpos[:, :7])
             self.opening[rows], self.finger_speed[rows] = qpos[:, 7:9].sum(1), np.abs(scene.qvel[rows, 7:9]).max(1)
             if name == "drawer":
-                slide, opens = qpos[:, 9], self.task[rows] == "open-drawer"
-                handle = scene.mocap_pos[rows, 0] + HANDLE     # (n, 3)
-                self.object[rows] = handle + slide[:, None] * (0, 1, 0)
+                slide, opens, handle = qpos[:, 9], self.task[rows] == "open-drawer", scene.mocap_pos[rows, 1] + HANDLE
+                self.object[rows] = handle + slide[:, None] * (0, 1, 0)                 # (n, 3)
                 self.goal[rows] = handle + (opens * self.stroke[rows])[:, None] * (0, 1, 0)
                 self.touch[rows] = sensor[:, 0] > 0
                 self.success[rows] = np.where(opens, slide > OPEN_DISTANCE, slide < CLOSE_DISTANCE)
                 continue
-            bodies = qpos[:, 9:].reshape(len(rows), -1, 7)     # loose bodies: xyz, quaternion
-            fresh, every = self.steps[rows] == 0, np.arange(len(rows))
+            bodies, fresh = qpos[:, 9:].reshape(len(rows), -1, 7), self.steps[rows] == 0   # loose bodies: xyz, quaternion
             self.start[rows[fresh], :bodies.shape[1]] = bodies[fresh, :, :3]
             self.object[rows] = bodies[every, named, :3]
             self.object_yaw[rows] = 2 * np.arctan2(bodies[every, named, 6], bodies[every, named, 3])
             if name == "pick":
-                self.goal[rows] = scene.mocap_pos[rows, 0]
+                self.goal[rows] = scene.mocap_pos[rows, 1]
                 gap, force = self.object[rows] - self.goal[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)   # m, N
                 height, clear = gap[:, 2] - self.rest[rows], np.linalg.norm(self.tcp[rows] - self.object[rows], axis=1)
                 self.touch[rows] = (force > GRASP_FORCE).all(1)
@@ -808,22 +754,18 @@ class VecEnv:
             latch[ids] |= now[ids]
         return ((reach + touch + progress + success) / 4 if self.dense else event)[ids]
 
-    # -- what is seen
-
     def observe(self, ids):
         """Observation of environments ids: images (n, H, W, 3) uint8 (absent if image_size is 0), instructions, a list
-        of n strings, and state (n, 8) float32; fresh arrays. Roll is in [0, 2 pi), so straight down is pi."""
-        euler = euler_of(self.frame[ids])
-        euler[:, 0] %= 2 * np.pi
-        state = np.concatenate([self.tcp[ids], euler, self.opening[ids, None], np.zeros((len(ids), 1))], 1)
+        of n strings, and state (n, 8) float32. Fresh arrays."""
+        state = np.concatenate([self.tcp[ids], euler_of(self.frame[ids]), self.opening[ids, None], np.zeros((len(ids), 1))], 1)
         obs = dict(instructions=list(self.instruction[ids]), state=state.astype(np.float32))
         if self.image_size:
             open_gl()
             for i in ids:
-                if not self.drawn[i].stale_frames[self.steps[i]] or self.steps[i] == 0:
+                if self.steps[i] == 0 or not self.drawn[i].repeats[self.steps[i]]:
                     image, seconds = self.scenes[self.scene_of[i]].render(i, self.tcp[i], self.drawn[i])
                     self.images[i] = process_image(image, self.drawn[i], self.steps[i])
-                    self.seconds["gl"] += seconds
+                    self.seconds["gl"], self.frames = self.seconds["gl"] + seconds, self.frames + 1
             obs["images"] = self.images[ids]                   # a copy
         return obs
 
@@ -831,14 +773,21 @@ class VecEnv:
         """(N, 3, 3) float32 positions [m] of tool, named object (or handle) and goal: labels for auxiliary losses."""
         return np.stack([self.tcp, self.object, self.goal], 1).astype(np.float32)
 
-    def close(self):
-        """Free the OpenGL buffers; the environment cannot render afterwards."""
-        for scene in self.scenes.values():
-            if scene.context:
-                open_gl()
-                scene.context.free()
 
-# ----------------------------------------------------------------------------------------------- experts
+# ---------------------------------------------------------------------------------------------------- experts
+# Waypoints: reference, offset [m], gripper, tolerance [m], most steps, and the greatest distance [m] between tool and
+# object (0 = any) beyond which it was lost and the plan starts again. A reference is the object or the goal wherever it is
+# by then, or the tool where it was when the waypoint began. When the gripper changes, the plan waits for the fingers.
+PLANS = {
+    "pick-place": (("object", (0, 0, .09), 1, .012, 25, 0), ("object", (0, 0, 0), 1, .005, 25, 0),
+                   ("tool", (0, 0, .12), -1, .02, 8, .06), ("goal", (0, 0, .15), -1, .01, 25, .06),
+                   ("goal", (0, 0, .075), -1, .01, 25, .06), ("tool", (0, 0, .09), 1, .02, 8, 0)),
+    "push-cube": (("object", (-.075, 0, .10), -1, .012, 25, 0), ("object", (-.075, 0, -.003), -1, .008, 25, 0),
+                  ("object", (.08, 0, -.003), -1, 0, 8, .10), ("tool", (0, 0, .12), -1, .03, 8, 0)),
+    "open-drawer": (("object", (0, 0, .10), 1, .012, 25, 0), ("object", (0, 0, .003), 1, .006, 25, 0),
+                    ("goal", (0, .01, .003), -1, .01, 12, .05), ("tool", (0, 0, .12), 1, .03, 8, 0)),
+    "close-drawer": (("object", (0, .05, .10), -1, .015, 25, 0), ("object", (0, .05, 0), -1, .01, 25, 0),
+                     ("goal", (0, -.03, 0), -1, .01, 12, 0), ("tool", (0, .03, .10), -1, .03, 8, 0))}
 
 
 class Expert:
@@ -856,92 +805,57 @@ class Expert:
     def __init__(self, env, style="expert", noise=0.):
         if style not in ("expert", "teleop") or not 0 <= noise <= .02:
             raise ValueError(f"Expert: got style {style!r}, noise {noise!r}; need expert or teleop, 0 <= noise <= .02 m")
-        self.env, self.teleop, self.noise = env, style == "teleop", noise
-        self.plan, self.habit = ([None] * env.num_envs for _ in range(2))
+        self.env, self.teleop, self.noise, self.plan, self.habit = env, style == "teleop", noise, {}, {}
 
     def act(self):
         """Next actions: executed (N, 7) and label (N, 7), see the class."""
         executed, label = np.zeros((2, self.env.num_envs, 7))
         for i, rng in enumerate(self.env.acting):
-            if self.plan[i] is None or self.habit[i].rng is not rng:       # a new episode
+            if i not in self.plan or self.habit[i].rng is not rng:     # a new episode
                 self.habit[i] = types.SimpleNamespace(
-                    rng=rng, speed=rng.uniform(.6, 1.1) if self.teleop else 1., offset=rng.normal(0, .003, 3) * self.teleop,
-                    overshoot=rng.uniform(.01, .02) * self.teleop, pause=0, grip=1., drift=np.zeros(6),
+                    rng=rng, drift=np.zeros(6), pause=0, grip=1., speed=rng.uniform(.6, 1.1) if self.teleop else 1.,
+                    offset=rng.normal(0, .003, 3) * self.teleop, overshoot=rng.uniform(.01, .02) * self.teleop,
                     sigma=.0012 if self.teleop else rng.uniform(0, self.noise))
-                self.plan[i] = getattr(self, self.env.task[i].replace("-", "_"))(i)
+                self.plan[i] = self.follow(i)
             habit = self.habit[i]
             habit.drift = rng.normal(0, 1, 6) + (.7 * habit.drift if self.teleop else 0)
             habit.pause = rng.integers(1, 4) if self.teleop and rng.random() < .02 else max(habit.pause - 1, 0)
             label[i] = np.array([0, 0, 0, 0, 0, 0, habit.grip]) if habit.pause else next(self.plan[i])
             habit.grip = label[i, 6]
-            executed[i] = label[i] + np.r_[habit.sigma * habit.drift * (1, 1, 1, 3, 3, 3), 0]
+            executed[i] = label[i] + np.append(habit.sigma * habit.drift * (1, 1, 1, 3, 3, 3), 0)
         executed = np.clip(executed, -ACTION_LIMIT, ACTION_LIMIT)
         return executed, executed.copy() if self.teleop else label
 
-    # A plan is a generator of actions. It reads like a recipe and looks at the scene before every step; should something
-    # slip, it starts again. where() is a position [m] that may change while the tool is on its way.
+    def follow(self, i):
+        """Generator of the actions (7,) of environment i; looks at the scene before each."""
+        env, grip = self.env, PLANS[self.env.task[i]][0][2]
+        while True:
+            for reference, offset, wanted, tolerance, most, leash in PLANS[env.task[i]]:
+                for k in range(8 * (wanted != grip)):          # until the fingers stand still
+                    yield np.array([0, 0, 0, 0, 0, 0, wanted])
+                    if k > 0 and env.finger_speed[i] < .004:
+                        break
+                grip, tool = wanted, env.target[i].copy()
+                for _ in range(most):
+                    where = dict(object=env.object[i], goal=env.goal[i], tool=tool)[reference] + offset
+                    lost = leash and np.linalg.norm(env.tcp[i] - env.object[i]) > leash
+                    action, arrived = self.towards(i, where, reference == "object" and wanted == 1, tolerance)
+                    if lost or arrived:
+                        break
+                    yield np.append(action, grip)
+                if lost:
+                    break
+            while env.success[i]:                              # with run_to_horizon: rest
+                yield np.array([0, 0, 0, 0, 0, 0, grip])
 
-    def move(self, i, where, grip, tolerance=.010, align=False, most=25):
-        """Move the controller's target to where(); done within tolerance [m], or after `most` steps."""
+    def towards(self, i, where, align, tolerance):
+        """Delta pose (6,) that takes the target of environment i to where [m], at limited speed; whether it is there."""
         env, habit = self.env, self.habit[i]
-        for _ in range(most):
-            gap = np.clip(where() + habit.offset, *WORKSPACE) - env.target[i]
-            heading = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0])
-            turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2 if align else 0.
-            distance = np.linalg.norm(gap)
-            if distance < tolerance and abs(turn) < .06:
-                return
-            if habit.overshoot and distance < self.SPEED:      # once: a little too far, then back
-                gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
-            gap = gap * min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
-            yield np.r_[gap / env.scale[i], 0, 0, np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED) / env.scale[i], grip]
-
-    def hold(self, i, grip):
-        """Keep still until the fingers do."""
-        for k in range(8):
-            yield np.array([0, 0, 0, 0, 0, 0, grip])
-            if k > 0 and self.env.finger_speed[i] < .004:
-                return
-
-    def pick_place(self, i):
-        env = self.env
-        while True:
-            yield from self.move(i, lambda: env.object[i] + (0, 0, .09), 1, .012, align=True)
-            yield from self.move(i, lambda: env.object[i], 1, .005, align=True)
-            yield from self.hold(i, -1)
-            yield from self.move(i, lambda: env.target[i] * (1, 1, 0) + (0, 0, .15), -1, .02)
-            if env.object[i, 2] > .07:                         # else it slipped
-                yield from self.move(i, lambda: env.goal[i] + (0, 0, .15), -1)
-                yield from self.move(i, lambda: env.goal[i] + (0, 0, .075), -1)
-            yield from self.hold(i, 1)
-            yield from self.move(i, lambda: env.target[i] * (1, 1, 0) + (0, 0, .17), 1, .02)
-
-    def push_cube(self, i):
-        env = self.env
-        while True:
-            yield from self.move(i, lambda: env.object[i] * (1, 1, 0) + (-.075, 0, .12), -1, .012)
-            yield from self.move(i, lambda: env.object[i] * (1, 1, 0) + (-.075, 0, .025), -1, .008)
-            while env.object[i, 0] < env.goal[i, 0] and abs(env.object[i, 1] - env.target[i, 1]) < .03:
-                yield from self.move(i, lambda: np.array([env.target[i, 0] + .04, env.object[i, 1], .025]), -1, 0, most=1)
-            yield from self.move(i, lambda: env.target[i] * (1, 1, 0) + (0, 0, .14), -1, .03)
-
-    def open_drawer(self, i):
-        env = self.env
-        while True:
-            yield from self.move(i, lambda: env.object[i] + (0, 0, .10), 1, .012)
-            yield from self.move(i, lambda: env.object[i] + (0, 0, .003), 1, .006)
-            yield from self.hold(i, -1)
-            for _ in range(10):
-                yield from self.move(i, lambda: env.target[i] + (0, .04, 0), -1, 0, most=1)
-                if abs(env.object[i, 1] - env.tcp[i, 1]) > .03:
-                    break                                      # the handle slipped out
-            yield from self.hold(i, 1)
-            yield from self.move(i, lambda: env.object[i] + (0, 0, .12), 1, .03)
-
-    def close_drawer(self, i):
-        env = self.env
-        while True:
-            yield from self.move(i, lambda: env.object[i] + (0, .05, .10), -1, .015)
-            yield from self.move(i, lambda: env.object[i] + (0, .05, 0), -1)
-            yield from self.move(i, lambda: env.goal[i] + (0, -.03, 0), -1)
-            yield from self.move(i, lambda: env.object[i] + (0, .05, .10), -1, .03)
+        gap = np.clip(where + habit.offset, *WORKSPACE) - env.target[i]
+        heading, distance = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0]), np.linalg.norm(gap)
+        turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2 if align and env.scene_of[i] == "pick" else 0.
+        if habit.overshoot and tolerance <= distance < self.SPEED:     # once: a little too far, then back
+            gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
+        gap *= min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
+        turn_now = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED)
+        return np.array([*gap, 0, 0, turn_now]) / env.scale[i], distance < tolerance and abs(turn) < .06
