@@ -4,19 +4,17 @@
     obs = env.reset()
     obs, reward, terminated, truncated, info = env.step(actions)          # actions (N, K, 7): K steps of 0.2 s
 
-Domains  sim       the digital twin, in which a policy may practise for as long as it likes
-         real      the STAND-IN for a real robot: other looks, dynamics and objects; no robot is behind it
-         pretrain  wide randomisation; shares no texture, camera or colour with the other two
-Frame    robot base: x forward, y left, z up; metres, radians; the table top is z = 0
+Domains  sim: the digital twin, to practise in.     pretrain: wide randomisation, shares no texture, camera or colour.
+         real: the STAND-IN for a real robot: other looks, dynamics and objects; no robot is behind it.
+Frame    robot base: x forward, y left, z up; metres, radians; the table top is z = 0.
 Action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 close, +1 open]. The delta is added to
          the previous TARGET pose, so tracking errors do not accumulate; rotations are about the base axes through the
-         tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R
-Image    (H, W, 3) uint8 RGB, top row first, one third-person camera
-State    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0
-Arrays   N environments, K actions a chunk; 5 Hz control, 5 ms physics
-Copies   this file needs mujoco and numpy, and imageio for its demo: python envs.py
+         tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R.
+Image    (H, W, 3) uint8 RGB, top row first, one third-person camera.
+State    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0.
+Arrays   N environments, K actions a chunk; 5 Hz control, 5 ms physics.
 An episode is a function of (seed, domain, episode number): the same scene whatever the number of environments or
-processes. Environment i starts with episode first_episode + i * episode_stride; each reset takes the next free one.
+processes. This file needs mujoco and numpy only (imageio for its demo, python envs.py): copy it away alone.
 """
 import argparse
 import collections
@@ -24,6 +22,7 @@ import ctypes.util
 import dataclasses
 import multiprocessing
 import os
+import re
 import sys
 import time
 import types
@@ -52,14 +51,14 @@ TASKS = {
     "push-cube": Task("push", 40, "push the {colour} cube forward", [
         "move the {colour} block away from the robot", "push the {colour} block", "the {colour} one goes forward"]),
     "open-drawer": Task("drawer", 40, "open the drawer", [
-        "pull the drawer open", "slide the drawer out", "the drawer should be open"]),
+        "pull the drawer open", "slide the drawer out", "it must be open"]),
     "close-drawer": Task("drawer", 40, "close the drawer", [
-        "push the drawer shut", "slide the drawer in", "the drawer should be closed"])}
+        "push the drawer shut", "slide the drawer in", "it must be closed"])}
 DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
 REWARD_TERMS = ("reach", "touch", "progress", "success")
 
 PHYSICS_DT, BLOCK_STEPS, BLOCKS = .005, 5, 8     # s; 8 blocks of 25 ms with fixed set-points = 0.2 s = a control step
-ACTION_LIMIT = np.array([.05, .05, .05, .3, .3, .3, 1.])       # m, rad, gripper; actions beyond it are clipped
+ACTION_LIMIT = np.array([.04, .04, .04, .2, .2, .2, 1.])       # m, rad, gripper; actions beyond it are clipped
 WORKSPACE = np.array([[.30, -.36, .012], [.68, .36, .50]])     # m; the target position stays inside
 HOME = np.array([0, .259, 0, -2.289, 0, 2.515, np.pi / 4])     # rad; TCP at (.525, 0, .132), pointing down
 FINGER_OPEN, FINGER_CLOSED = .04, -.01           # m a finger; a negative set-point squeezes thin objects
@@ -85,14 +84,12 @@ UNSEEN_CUBES = ((("white", (.95, .95, .95)), ("black", (.08, .08, .08)), ("brown
                 (("orange", (.90, .42, .15)), ("green", (.45, .75, .40)), ("red", (.75, .12, .12))))       # of real
 UNSEEN_OBJECTS = dict(shape=["pot", "cross", "dumbbell", "house"], cabinet=(.42, .56, .74), handle=(.75, .12, .10),
                       handle_scale=.75)
-
 # The gap between the domains, (sim, real, pretrain) for every parameter. Once an episode a tuple (low, high) is drawn
 # uniformly and a list is chosen from; the rest is fixed. `real` is one laboratory: fixed offsets with a small jitter.
 PARAMETERS = {
     "visual": dict(
-        texture=("wood", "slate", ["dots", "tiles", "crosses", "plain"]),           # of the table, see scene_xml
-        table=((.62, .47, .36), (.10, .42, .40), [(.85, .85, .80), (.30, .30, .36), (.70, .30, .25), (.25, .35, .60),
-                                                  (.75, .70, .35), (.50, .25, .45)]),   # colours are RGB in 0-1
+        texture=("wood", "slate", ["dots", "tiles", "stains", "plain"]),           # of the table; colours: RGB in 0-1
+        table=((.62, .47, .36), (.10, .42, .40), [(.85, .85, .80), (.30, .30, .36), (.70, .30, .25), (.25, .35, .60)]),
         wall=((.72, .72, .72), (.16, .16, .19), [(.95, .90, .80), (.40, .45, .55), (.55, .40, .35), (.30, .42, .30)]),
         robot=((.95, .95, .95), (.88, .87, .82), [(1., 1., 1.), (.80, .82, .86), (.93, .90, .80), (.70, .70, .70)]),
         clutter=(False, True, [False, True]),                                       # boxes and a cloth around
@@ -112,13 +109,12 @@ PARAMETERS = {
         drawer_friction=(1., (2.5, 5.), (1., 4.)), drawer_damping=(5., (12., 25.), (4., 20.)),      # N, N s/m
         start_joints=(.02, .05, .05), start_tcp=(0., .02, .03)),                    # rad, m; the arm starts +- this
     "objects": dict(
-        shape=(["cube", "brick", "can", "ball", "egg", "carrot", "mushroom", "bottle"],
-               ["cube", "can", "ball", "carrot", "pear", "corn", "eggplant", "sponge"],
-               ["block", "drum", "pill", "lens", "tee", "stack"]),
+        shape=("cube brick can ball egg carrot mushroom bottle".split(),
+               "cube can ball carrot pear corn eggplant sponge".split(), "block drum pill lens tee stack".split()),
         colour=([(.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)],
                 [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)],
                 [(.10, .75, .80), (.80, .10, .70), (.60, .90, .10), (.05, .10, .40), (.98, .92, .80), (.45, .50, .10)]),
-        accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)], [(.02, .02, .02), (.3, .7, .6)]),
+        accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)], [(0., 0., 0.), (.3, .7, .6)]),
         scale=(1., (.95, 1.05), (.9, 1.15)), dish_wall=(.006, (.014, .016), (.005, .017)),  # x size; m: a plate, a bowl
         dish=((.62, .80, .20), (.92, .93, .95), [(.20, .20, .70), (.90, .30, .30), (.15, .45, .40), (.95, .85, .62)]),
         cubes=(SIM_CUBES, REAL_CUBES, PRETRAIN_CUBES),
@@ -144,15 +140,15 @@ SHAPES = {
     "brick": "B 0 0 0 .031 .020 .018", "egg": "E 0 0 0 .032 .023 .023", "block": "B 0 0 0 .024 .020 .024",
     "drum": "C 0 0 0 .025 .018 0", "pill": "R 0 0 0 .020 .016 0", "lens": "E 0 0 0 .027 .027 .020",
     "carrot": "R 0 0 0 .019 .020 0; b .042 0 0 .008 .012 .008", "pear": "S 0 0 0 .026 0 0; S 0 0 .03 .015 0 0",
-    "mushroom": "E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0", "pot": "C 0 0 0 .027 .02 0; b .036 0 .01 .012 .007 .006",
+    "mushroom": "E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0", "stack": "B 0 0 0 .024 .024 .02; c 0 0 .03 .017 .01 0",
     "bottle": "C 0 0 0 .023 .026 0; c 0 0 .036 .011 .010 0", "corn": "R 0 0 0 .02 .018 0; b -.026 0 0 .016 .02 .012",
-    "eggplant": "E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .01 .01", "dumbbell": "C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .02",
-    "sponge": "B 0 0 .01 .031 .022 .01; b 0 0 -.01 .031 .022 .01", "cross": "B 0 0 0 .031 .014 .016; b 0 0 0 .012 .026 .016",
-    "stack": "B 0 0 -.008 .024 .024 .012; c 0 0 .016 .017 .012 0", "tee": "B .014 0 0 .012 .024 .016; B -.016 0 0 .02 .014 .016",
-    "house": "B 0 0 0 .025 .021 .018; b 0 0 .026 .016 .013 .008"}
+    "eggplant": "E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .01 .01", "pot": "C 0 0 0 .027 .02 0; b .036 0 .01 .012 .007 .006",
+    "sponge": "B 0 0 .01 .031 .022 .01; b 0 0 -.01 .031 .022 .01", "cross": "B 0 0 0 .03 .014 .016; b 0 0 0 .012 .026 .016",
+    "dumbbell": "C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .02", "house": "B 0 0 0 .025 .02 .018; b 0 0 .026 .016 .013 .008",
+    "tee": "B .014 0 0 .012 .024 .016; B -.016 0 0 .02 .014 .016"}
 UNTURNED = ("can", "ball", "mushroom", "bottle", "pear", "drum", "lens", "stack")      # nobody could see their yaw
-GEOM_TYPE = dict(B=mujoco.mjtGeom.mjGEOM_BOX, S=mujoco.mjtGeom.mjGEOM_SPHERE, R=mujoco.mjtGeom.mjGEOM_CAPSULE,
-                 C=mujoco.mjtGeom.mjGEOM_CYLINDER, E=mujoco.mjtGeom.mjGEOM_ELLIPSOID)
+GEOM_TYPE = {name[0]: getattr(mujoco.mjtGeom, "mjGEOM_" + mujoco_name) for name, mujoco_name in (
+    ("Box", "BOX"), ("Sphere", "SPHERE"), ("Rod", "CAPSULE"), ("Can", "CYLINDER"), ("Ellipsoid", "ELLIPSOID"))}
 
 # ---------------------------------------------------------------------------------------------------- robot and scenes
 # Franka Panda: kinematics and inertias of MuJoCo Menagerie / franka_ros (identified by Gaz et al. 2019). A row a link:
@@ -168,8 +164,8 @@ LINKS = (
     (".0825 0 0", "1 1 0 0", 3.587895, "-.05317 .104419 .027454", ".025853 .019552 .028323 .007796 -.001332 .008641",
      "-3.0718 -.0698", "c 0 0 0 0 0 .056 .055; C -.02 .02 .03 -.0825 .06 0 .052; C -.0825 .03 0 -.0825 .069 0 .055"),
     ("-.0825 .384 0", "1 -1 0 0", 1.225946, "-.011953 .041065 -.038437",
-     ".035549 .029474 .008627 -.002117 -.004037 .000229",
-     "-2.8973 2.8973", "C 0 0 -.22 0 .01 -.15 .054; C 0 .03 -.16 0 .075 -.02 .05; y 0 .05 0 0 .128 0 .05"),
+     ".035549 .029474 .008627 -.002117 -.004037 .000229", "-2.8973 2.8973",
+     "C 0 0 -.22 0 .01 -.15 .054; C 0 .03 -.16 0 .075 -.02 .05; y 0 .05 0 0 .128 0 .05"),
     ("0 0 0", "1 1 0 0", 1.666555, ".060149 -.014117 -.010517", ".001964 .004354 .005433 .000109 -.001158 .000341",
      "-.0175 3.7525", "Y 0 0 -.044 0 0 .056 .05; C .01 .01 .005 .088 .02 .005 .045; Y .088 .0817 0 .088 -.0514 0 .044"),
     (".088 0 0", "1 1 0 0", .735522, ".010517 -.004252 .061597", ".012516 .010027 .004815 -.000428 -.001196 -.000741",
@@ -192,20 +188,19 @@ def geoms_xml(text, classes):
 def panda_xml():
     """MJCF of arm, hand and fingers, weight-compensated; only the finger pads collide. Joints 0-8 of every scene."""
     paint = ("white", "dark")
-    fingers = "".join(
-        f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
-        '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
-        f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1" damping="10"/>'
-        + geoms_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014", paint)
-        + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>'
-        for side, quat in (("left", "1 0 0 0"), ("right", "0 0 0 1")))
     arm = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1"><inertial pos="-.01 0 .03" '
            'mass=".73" diaginertia=".001 .0025 .0017"/>'
-           + geoms_xml("B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044", paint) + fingers + "</body>")
+           + geoms_xml("B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044", paint))
+    for side, quat in (("left", "1 0 0 0"), ("right", "0 0 0 1")):
+        arm += (f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
+                '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
+                f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1"/>'
+                + geoms_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014", paint)
+                + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>')
+    arm += "</body>"
     for k, (pos, quat, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS))):
-        arm = (f'<body name="link{k}" pos="{pos}" quat="{quat}" gravcomp="1">'
-               f'<inertial pos="{com}" mass="{mass}" fullinertia="{inertia}"/>'
-               f'<joint name="joint{k}" axis="0 0 1" range="{limits}" armature=".1" damping="1"/>'
+        arm = (f'<body name="link{k}" pos="{pos}" quat="{quat}" gravcomp="1"><inertial pos="{com}" mass="{mass}" '
+               f'fullinertia="{inertia}"/><joint name="joint{k}" range="{limits}" armature=".1" damping="1"/>'
                f'{geoms_xml(looks, paint)}{arm}</body>')
     return geoms_xml("B -.045 0 .035 .09 .08 .035; Y 0 0 0 0 0 .14 .07", paint) + arm
 
@@ -225,7 +220,8 @@ def scene_parts(scene):
                         f'size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body>' for k in range(3)),
                 "".join(touch.format('subtree1="hand"', f"cube{k}", "found") for k in range(3)))
     # A cabinet that is open towards +y, and a drawer with a handle plate on two pegs. The plate stands .065 m off the
-    # front, as the open gripper needs .055 m on either side of it. Only the finger pads collide with them.
+    # front, as the open gripper needs .055 m on either side of it. Only handle and finger pads collide: with a solid
+    # drawer, random motions would close it in 14 % of the episodes.
     cabinet = ("B 0 0 .106 .1 .1 .004; B 0 0 .004 .1 .1 .004; B -.096 0 .055 .004 .1 .047; B .096 0 .055 .004 .1 .047;"
                "B 0 -.096 .055 .092 .004 .047")
     drawer = ("B 0 0 0 .09 .005 .045; B 0 -.098 -.04 .086 .093 .004; B -.086 -.098 -.015 .004 .093 .028;"
@@ -244,16 +240,16 @@ def scene_xml(scene, image_size):
 
     One quad, few slices, no multi-sampling, no shadow maps: software OpenGL pays for triangles, not for pixels."""
     bodies, sensors = scene_parts(scene)
-    contype = 3 if scene == "pick" else 2          # pads collide with 1 and 2, loose objects with 1 only
+    first, second = (3, 3) if scene == "pick" else (0, 2)      # contype; pads meet 1 and 2, loose objects meet 1
     textures = "".join(
-        f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="{mark}" markrgb="{rgb}" '
+        f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="random" markrgb="{rgb}" '
         f'random="{density}" width="{size}" height="{size}"/>'
         f'<material name="{name}" texture="{name}" texrepeat="6 6" specular="0" shininess="0"/>'
-        for name, builtin, mark, rgb, density, size in (
-            ("wood", "flat", "random", ".82 .72 .62", .25, 64), ("slate", "flat", "random", ".55 .62 .62", .12, 48),
-            ("dots", "flat", "random", ".55 .55 .55", .03, 24), ("tiles", "checker", "none", ".75 .75 .75", 0, 16),
-            ("crosses", "flat", "cross", ".5 .5 .5", 0, 32), ("plain", "flat", "none", "1 1 1", 0, 8)))
-    clutter = "".join(f'<geom class="scenery" group="3" pos="{at}" size="{size}" rgba="{rgb} 1"/>' for at, size, rgb in (
+        for name, builtin, rgb, density, size in (
+            ("wood", "flat", ".82 .72 .62", .25, 64), ("slate", "flat", ".55 .62 .62", .12, 48),
+            ("dots", "flat", ".55 .55 .55", .03, 24), ("tiles", "checker", ".75 .75 .75", 0, 16),
+            ("stains", "flat", ".5 .5 .5", .005, 12), ("plain", "flat", "1 1 1", 0, 8)))
+    clutter = "".join(f'<geom class="clutter" pos="{at}" size="{size}" rgba="{rgb} 1"/>' for at, size, rgb in (
         ("-.25 .45 .15", ".08 .10 .15", ".2 .22 .3"), ("-.35 -.35 .22", ".10 .08 .22", ".25 .18 .15"),
         ("-.02 -.42 .05", ".06 .05 .05", ".35 .3 .1"), (".10 .46 .001", ".16 .12 .001", ".08 .45 .2")))
     servos = "".join(f'<position joint="{joint}" kp="1" kv="1" forcerange="-1 1"/>'     # gains: VecEnv.apply_dynamics
@@ -268,9 +264,9 @@ def scene_xml(scene, image_size):
   <default>
     <default class="white"><geom contype="0" conaffinity="0" mass="0" group="1"/></default>
     <default class="dark"><geom contype="0" conaffinity="0" mass="0" group="2" rgba=".18 .18 .20 1"/></default>
-    <default class="scenery"><geom type="box" contype="0" conaffinity="0" mass="0"/></default>
-    <default class="first"><geom type="box" contype="{contype}" conaffinity="0" group="4"/></default>
-    <default class="second"><geom type="box" contype="{contype}" conaffinity="0" group="5"/></default>
+    <default class="clutter"><geom type="box" contype="0" conaffinity="0" mass="0" group="3"/></default>
+    <default class="first"><geom type="box" contype="{first}" conaffinity="0" group="4"/></default>
+    <default class="second"><geom type="box" contype="{second}" conaffinity="0" group="5"/></default>
     <default class="pad"><geom type="box" conaffinity="3" mass="0" condim="4" friction="1 .005 .0001" solref=".01 1"
       solimp=".95 .99 .001" rgba=".25 .25 .27 1"/></default>
   </default>
@@ -279,7 +275,7 @@ def scene_xml(scene, image_size):
     <light type="directional" castshadow="false" specular="0 0 0"/>
     <body name="look_at" mocap="true"/><camera mode="targetbody" target="look_at"/>
     <geom name="table" type="box" pos=".35 0 -.02" size=".55 .60 .02" material="wood" friction=".6 .005 .0001"/>
-    <geom name="wall" class="scenery" pos="-.60 0 .4" size=".01 1.6 1.2"/>
+    <geom name="wall" class="clutter" group="0" pos="-.60 0 .4" size=".01 1.6 1.2"/>
     {clutter}{panda_xml()}{bodies}
   </worldbody>
   <actuator>{servos}</actuator>
@@ -365,51 +361,40 @@ def open_gl():
 
 def gl_renderer_name():
     """Name of the current OpenGL renderer; warns if it is a software one on a machine with an NVIDIA GPU."""
-    try:
-        from OpenGL import GL
-        name = GL.glGetString(GL.GL_RENDERER).decode()
-    except Exception:              # PyOpenGL absent or bound to another backend; the name is for people only
-        return "unknown"
+    from OpenGL import GL
+    name = (GL.glGetString(GL.GL_RENDERER) or b"unknown").decode()
     if "llvmpipe" in name and os.path.exists("/dev/nvidia0"):
         warnings.warn(f"rendering on the CPU ({name}) although this machine has an NVIDIA GPU: see MUJOCO_GL=egl, "
-                      "NVIDIA_DRIVER_CAPABILITIES=all, /usr/share/glvnd/egl_vendor.d/10_nvidia.json", stacklevel=2)
+                      "NVIDIA_DRIVER_CAPABILITIES=all, /usr/share/glvnd/egl_vendor.d/10_nvidia.json", stacklevel=3)
     return name
 
 
-PER_ENVIRONMENT = ("geom_type", "geom_size", "geom_pos", "geom_quat", "geom_rgba", "geom_matid", "geom_friction",
-                   "geom_contype", "geom_conaffinity", "body_mass", "body_inertia", "dof_damping", "dof_frictionloss",
-                   "jnt_range", "actuator_gainprm", "actuator_biasprm", "actuator_forcerange", "cam_pos", "cam_fovy",
-                   "light_dir", "light_ambient", "light_diffuse")
-
-
 class Scene:
-    """One compiled MJCF and a mujoco Batch of it; row i of every array belongs to environment i.
-
-    All environments share the structure; the model fields of PER_ENVIRONMENT have a row each, in `field`."""
+    """One compiled MJCF and a mujoco Batch of it; row i of every array and of every model field belongs to environment i."""
 
     def __init__(self, name, num_envs, image_size):
         self.size, self.model = image_size, mujoco.MjModel.from_xml_string(scene_xml(name, image_size))
         self.batch = Batch(self.model, num_envs, nthread=1)    # one thread: processes scale better on small machines
         self.qpos, self.qvel, self.ctrl, self.mocap_pos, self.sensor = map(
             self.batch.bind, ("qpos", "qvel", "ctrl", "mocap_pos", "sensordata"))
-        self.field = {name: self.batch.expand(name) for name in PER_ENVIRONMENT}
+        self.field = self.batch.expand                         # field("geom_rgba")[i] is environment i's own
         self.loose = np.flatnonzero(self.model.body_dofnum == 6)       # the bodies that lie on the table
         self.models = [None] * num_envs                        # models[i]: what environment i looks like
         if image_size:
+            open_gl()
             self.data, self.option, self.camera = mujoco.MjData(self.model), mujoco.MjvOption(), mujoco.MjvCamera()
             self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
             self.option.geomgroup[:], self.view = 1, mujoco.MjvScene(self.model, maxgeom=200)
             self.view.flags[:] = 0                             # no shadow map, reflection, skybox, haze
             self.view.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 1     # without it every face is drawn twice
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
             self.rect = mujoco.MjrRect(0, 0, image_size, image_size)
 
     def set_geom(self, i, name, **values):
         """Write geom_<field> of one geom, or of all geoms of a group, of environment i."""
         geoms = self.model.geom(name).id if isinstance(name, str) else self.model.geom_group == name
         for field, value in values.items():
-            self.field["geom_" + field][i, geoms] = value
+            self.field("geom_" + field)[i, geoms] = value
 
     def render(self, i, tcp, drawn):
         """Picture (H, W, 3) uint8 of environment i and the seconds that OpenGL took. Shadows are discs under the loose
@@ -424,6 +409,7 @@ class Scene:
                                 np.array([0, 0, 0, drawn.shadow], np.float32))
             view.ngeom += 1
         before = time.perf_counter()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)       # of several in this process
         mujoco.mjr_render(self.rect, view, self.context)
         image = np.empty((self.size, self.size, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, self.rect, self.context)
@@ -435,7 +421,7 @@ NOISE = (16 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.int16
 
 
 def process_image(image, drawn, step):
-    """Tone curve, blur and sensor noise of a frame (H, W, 3) uint8; a function of what the episode drew and the step."""
+    """Tone curve, blur and sensor noise of a frame (H, W, 3) uint8; a function of `drawn` and the step."""
     if drawn.curves is not None:                               # (3, 256)
         image = drawn.curves.ravel().take(image + np.array([0, 256, 512], np.uint16))
     if drawn.blur:                                             # rows, then columns, with 1/4 1/2 1/4
@@ -451,7 +437,7 @@ def process_image(image, drawn, step):
 
 # ---------------------------------------------------------------------------------------------------- environments
 def draw(rng, value):
-    """One sample of an entry of PARAMETERS: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
+    """Sample an entry of PARAMETERS: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
     if isinstance(value, list):
         return draw(rng, value[rng.integers(len(value))])
     return rng.uniform(*value) if isinstance(value, tuple) and len(value) == 2 else value
@@ -462,15 +448,15 @@ class VecEnv:
 
     task: a name in TASKS, or "all": every episode draws its task.    domain: one of DOMAINS.    num_envs: N.
     seed: which sequence of episodes.    image_size: pixels (H = W), 8 to 512; 0 = no pictures and no OpenGL.
-    variant: "seen", "unseen-objects" (held-out shapes, colours) or "unseen-states" (held-out starts); not in `pretrain`.
+    variant: "seen", "unseen-objects" (held-out shapes, colours), "unseen-states" (held-out starts); not in pretrain.
     reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
         "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
     gap: which parts of `real` differ from `sim`.    paraphrase: True = draw the wording (`pretrain` always does).
     run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
     first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
 
-    def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events", gap=Gap(),
-                 paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
+    def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events",
+                 gap=Gap(), paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
         wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
             ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
             ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS)) if got not in known]
@@ -490,10 +476,8 @@ class VecEnv:
             self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
         self.wordings = {name: [task.instruction] * (domain != "pretrain")
                          + task.paraphrases * (paraphrase or domain == "pretrain") for name, task in TASKS.items()}
-        if image_size:
-            open_gl()
         self.scenes = {name: Scene(name, n, image_size) for name in sorted({TASKS[t].scene for t in self.tasks})}
-        self.seconds, self.frames = dict(physics=0., gl=0.), 0     # spent in mj_step and OpenGL; pictures; since the start
+        self.seconds, self.frames = dict(physics=0., gl=0.), 0     # of mj_step and OpenGL; pictures; so far
         self.episode, self.steps, self.horizon, self.latency, self.named = np.zeros((5, n), int)    # latency in blocks
         self.task, self.scene_of, self.instruction, self.drawn, self.acting = np.full((5, n), None)
         self.scale, self.rest, self.stroke, self.start_distance, self.object_yaw = np.ones((5, n))
@@ -525,8 +509,8 @@ class VecEnv:
     def arrange(self, i):
         """Draw the next episode of environment i and write its scene; returns the random stream left for the robot."""
         self.episode[i], self.next_episode = self.next_episode, self.next_episode + self.episode_stride
-        layout, *parts, self.acting[i] = (np.random.default_rng([self.seed, DOMAINS.index(self.domain), self.episode[i], k])
-                                          for k in range(5))   # a stream a part, so that Gap changes one part only
+        key = [self.seed, DOMAINS.index(self.domain), self.episode[i]]     # a stream a part: Gap changes one part only
+        layout, *parts, self.acting[i] = (np.random.default_rng([*key, stream]) for stream in range(5))
         self.task[i] = draw(layout, self.tasks)
         self.scene_of[i], self.horizon[i], self.steps[i] = *TASKS[self.task[i]][:2], 0
         self.instruction[i] = draw(layout, self.wordings[self.task[i]])
@@ -538,11 +522,9 @@ class VecEnv:
         drawn.noise_seed = parts[0].integers(1 << 20)
         scene = self.scenes[self.scene_of[i]]
         scene.batch.reset([i], stage=0)
-        for name, rows in scene.field.items():
-            rows[i] = getattr(scene.model, name)
         self.apply_looks(scene, i, drawn)
         self.apply_dynamics(scene, i, drawn)
-        dict(pick=self.place_pick, push=self.place_push, drawer=self.place_drawer)[self.scene_of[i]](scene, i, layout, drawn)
+        getattr(self, "place_" + self.scene_of[i])(scene, i, layout, drawn)
         return parts[1]
 
     def start_xy(self, layout, name):
@@ -568,7 +550,7 @@ class VecEnv:
         scene.set_geom(i, SECOND, rgba=(*drawn.dish, 1))
         scene.set_geom(i, FIRST, rgba=(*.85 * np.array(drawn.dish), 1))
         walls = scene.model.geom_group == FIRST
-        scene.field["geom_size"][i, walls, 2] = scene.field["geom_pos"][i, walls, 2] = drawn.dish_wall
+        scene.field("geom_size")[i, walls, 2] = scene.field("geom_pos")[i, walls, 2] = drawn.dish_wall
         yaw, xy, dish = layout.uniform(-START_TURN, START_TURN) * (drawn.shape not in UNTURNED), 0, 0
         while np.linalg.norm(xy - dish) < START_APART:
             xy, dish = self.start_xy(layout, "object"), self.start_xy(layout, "dish")
@@ -583,15 +565,17 @@ class VecEnv:
         for k, (_, rgb) in enumerate(cubes):
             scene.set_geom(i, f"cube{k}", rgba=(*rgb, 1))
             yaw, (x, y) = layout.uniform(-.5, .5) * START_TURN, self.start_xy(layout, "cube")
-            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = x, CUBE_LANES[k] + y, CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+            pose = x, CUBE_LANES[k] + y, CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = pose
 
     def place_drawer(self, scene, i, layout, drawn):
         """The cabinet at the robot's right; its drawer slides along y."""
         scene.set_geom(i, FIRST, rgba=(*drawn.cabinet, 1))
         scene.set_geom(i, SECOND, rgba=(*drawn.handle, 1))
         scene.set_geom(i, "handle", size=scene.model.geom("handle").size * (drawn.handle_scale, 1, drawn.handle_scale))
-        self.stroke[i] = scene.field["jnt_range"][i, 9, 1] = drawn.stroke
-        scene.field["dof_frictionloss"][i, 9], scene.field["dof_damping"][i, 9] = drawn.drawer_friction, drawn.drawer_damping
+        self.stroke[i] = scene.field("jnt_range")[i, 9, 1] = drawn.stroke
+        scene.field("dof_frictionloss")[i, 9] = drawn.drawer_friction
+        scene.field("dof_damping")[i, 9] = drawn.drawer_damping
         scene.mocap_pos[i, 1, :2] = self.start_xy(layout, "cabinet")
         scene.qpos[i, 9] = layout.uniform(*START_OPEN) if self.task[i] == "close-drawer" else 0
 
@@ -600,29 +584,30 @@ class VecEnv:
         scene.set_geom(i, "table", matid=scene.model.material(drawn.texture).id, rgba=(*drawn.table, 1))
         scene.set_geom(i, "wall", rgba=(*drawn.wall, 1))
         scene.set_geom(i, WHITE, rgba=(*drawn.robot, 1))
-        if not drawn.clutter:
-            scene.set_geom(i, CLUTTER, rgba=0)                 # alpha 0 is not drawn at all
+        scene.field("geom_rgba")[i, scene.model.geom_group == CLUTTER, 3] = drawn.clutter      # alpha 0: not drawn
         light, field, look_at = np.array([-.25, -drawn.light_side, -1]), scene.field, LOOK_AT + drawn.shift
-        field["light_dir"][i, 0] = light / np.linalg.norm(light)
-        field["light_ambient"][i, 0], field["light_diffuse"][i, 0] = drawn.ambient, drawn.diffuse
+        field("light_dir")[i, 0] = light / np.linalg.norm(light)
+        field("light_ambient")[i, 0], field("light_diffuse")[i, 0] = drawn.ambient, drawn.diffuse
         a, e = np.radians([drawn.azimuth, drawn.elevation])
         toward = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
-        scene.mocap_pos[i, 0], field["cam_pos"][i, 0] = look_at, look_at + drawn.distance * toward
-        field["cam_fovy"][i, 0] = drawn.fovy
+        scene.mocap_pos[i, 0], field("cam_pos")[i, 0] = look_at, look_at + drawn.distance * toward
+        field("cam_fovy")[i, 0] = drawn.fovy
         ramp = (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
         curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
         drawn.curves = None if (drawn.gain, drawn.tint, drawn.gamma) == (1, 0, 1) else curves      # (3, 256): R, G, B
 
     def apply_dynamics(self, scene, i, drawn):
-        """Servos (force = kp (ctrl - q) - kv dq/dt, limited), delay, tracking; mass and friction of the loose bodies."""
+        """Servos (force = kp (ctrl - q) - kv dq/dt, limited), delay, tracking; mass and friction of loose bodies."""
         kp = np.array([*(drawn.stiffness * np.array(SERVO_KP)), FINGER_KP, FINGER_KP])
-        kv = np.array([*(drawn.damping * kp[:7]), drawn.finger_damping, drawn.finger_damping])
+        kv = np.array([*(drawn.damping * kp[:7]), 0, 0])       # fingers: in the joint; a saturated servo's kv chatters
+        scene.field("dof_damping")[i, 7:9] = drawn.finger_damping
         force = np.array([*ARM_TORQUE, drawn.finger_force, drawn.finger_force])
         field, loose = scene.field, np.isin(scene.model.geom_bodyid, scene.loose)
-        field["actuator_gainprm"][i, :, 0], field["actuator_biasprm"][i, :, 1:3] = kp, np.stack([-kp, -kv], 1)
-        field["actuator_forcerange"][i] = np.stack([-force, force], 1)
-        field["body_mass"][i, scene.loose], field["body_inertia"][i, scene.loose] = drawn.mass, .4 * drawn.mass * .03 ** 2
-        field["geom_friction"][i, loose, 0] = drawn.friction * (.6 if self.scene_of[i] == "push" else 1)
+        field("actuator_gainprm")[i, :, 0], field("actuator_biasprm")[i, :, 1:3] = kp, np.stack([-kp, -kv], 1)
+        field("actuator_forcerange")[i] = np.stack([-force, force], 1)
+        field("body_mass")[i, scene.loose] = drawn.mass
+        field("body_inertia")[i, scene.loose] = .4 * drawn.mass * .03 ** 2     # kg m2, of a ball of 3 cm
+        field("geom_friction")[i, loose, 0] = drawn.friction * (.6 if self.scene_of[i] == "push" else 1)
         self.scale[i], self.latency[i] = drawn.action_scale, round(drawn.latency / (BLOCK_STEPS * PHYSICS_DT))
 
     def start_robots(self, ids, rngs):
@@ -648,13 +633,13 @@ class VecEnv:
         ACTION_LIMIT; episode, length (N,); reward_terms {name: (N,)}; ended (M,) environments; final_obs: their last
         observation (M rows) or None. ValueError: wrong shape, or non-finite actions, naming the environments."""
         actions, n = np.asarray(actions, np.float64), self.num_envs
-        if actions.ndim != 3 or actions.shape[0] != n or actions.shape[1] < 1 or actions.shape[2] != 7:
-            raise ValueError(f"actions have shape {actions.shape}, need ({n}, K >= 1, 7): environments, actions a chunk, "
+        if actions.ndim != 3 or (actions.shape[0], actions.shape[2]) != (n, 7) or not actions.size:
+            raise ValueError(f"actions have shape {actions.shape}, need ({n}, K >= 1, 7): environments, chunk, "
                              "(dx dy dz droll dpitch dyaw gripper); a single action a: a[:, None]")
         bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
         if len(bad):
-            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()}); "
-                             "need metres, radians, gripper in [-1, 1]; look for nan in what computed them")
+            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()})"
+                             "; need metres, radians, gripper in [-1, 1]; look for nan in what computed them")
         reward, clipped, terms = np.zeros(n), np.zeros(n, int), {name: np.zeros(n) for name in REWARD_TERMS}
         terminated, truncated = np.zeros((2, n), bool)
         for action in actions.swapaxes(0, 1):                  # (N, 7)
@@ -670,9 +655,9 @@ class VecEnv:
                 terminated[ids] = ((self.succeeded | self.wrong) & ~self.diverged)[ids]
             truncated[ids] = (((self.steps >= self.horizon) | self.diverged) & ~terminated)[ids]
         ended = np.flatnonzero(terminated | truncated)
-        info = dict(success=self.succeeded.copy(), failure=self.wrong & ~self.succeeded, touched=self.touched.copy(),
-                    diverged=self.diverged.copy(), clipped=clipped, episode=self.episode.copy(), length=self.steps.copy(),
-                    reward_terms=terms, ended=ended, final_obs=self.observe(ended) if len(ended) else None)
+        info = {name: getattr(self, name).copy() for name in ("touched", "diverged", "episode")}
+        info.update(success=self.succeeded.copy(), failure=self.wrong & ~self.succeeded, length=self.steps.copy(),
+                    clipped=clipped, reward_terms=terms, ended=ended, final_obs=self.observe(ended) if len(ended) else None)
         if len(ended):
             self.begin_episodes(ended)
         return self.observe(np.arange(n)), reward.astype(np.float32), terminated, truncated, info
@@ -691,7 +676,7 @@ class VecEnv:
         self.q_older[ids], self.q_old[ids], self.grip_old[ids] = self.q_old[ids], self.q_new[ids], self.grip_new[ids]
         self.q_new[ids] = inverse_kinematics(self.q_old[ids], self.target[ids], self.target_frame[ids])
         self.grip_new[ids] = FINGER_CLOSED + (action[:, 6] + 1) / 2 * (FINGER_OPEN - FINGER_CLOSED)
-        groups, before = self.members(ids), time.perf_counter()
+        groups = self.members(ids)
         alarms = [scene.batch.warning[rows, :, 1].sum(1) for _, scene, rows in groups]
         for block in range(BLOCKS):
             # progress through this step's set-points; negative while a delayed robot still follows the last step's
@@ -701,12 +686,13 @@ class VecEnv:
             grip = np.where(s > 0, self.grip_new[:, None], self.grip_old[:, None])      # (N, 1)
             for _, scene, rows in groups:
                 scene.ctrl[rows, :7], scene.ctrl[rows, 7:9] = q[rows], grip[rows]
+                before = time.perf_counter()
                 try:
                     scene.batch.step(rows, nstep=BLOCK_STEPS)
                 except SimulationError as error:               # the other simulations ran on
                     self.diverged[error.ids] = True
-        self.seconds["physics"] += time.perf_counter() - before
-        for (_, scene, rows), alarm in zip(groups, alarms):    # MuJoCo resets a diverged simulation and counts a warning
+                self.seconds["physics"] += time.perf_counter() - before
+        for (_, scene, rows), alarm in zip(groups, alarms):    # MuJoCo resets a diverged simulation, with a warning
             self.diverged[rows] |= ((scene.batch.warning[rows, :, 1].sum(1) > alarm)
                                     | ~np.isfinite(scene.batch.state[rows]).all(1))
 
@@ -723,20 +709,21 @@ class VecEnv:
                 self.touch[rows] = sensor[:, 0] > 0
                 self.success[rows] = np.where(opens, slide > OPEN_DISTANCE, slide < CLOSE_DISTANCE)
                 continue
-            bodies, fresh = qpos[:, 9:].reshape(len(rows), -1, 7), self.steps[rows] == 0   # loose bodies: xyz, quaternion
+            bodies, fresh = qpos[:, 9:].reshape(len(rows), -1, 7), self.steps[rows] == 0   # xyz, quaternion
             self.start[rows[fresh], :bodies.shape[1]] = bodies[fresh, :, :3]
             self.object[rows] = bodies[every, named, :3]
             self.object_yaw[rows] = 2 * np.arctan2(bodies[every, named, 6], bodies[every, named, 3])
             if name == "pick":
                 self.goal[rows] = scene.mocap_pos[rows, 1]
-                gap, force = self.object[rows] - self.goal[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)   # m, N
-                height, clear = gap[:, 2] - self.rest[rows], np.linalg.norm(self.tcp[rows] - self.object[rows], axis=1)
+                gap, clear = (self.object[rows] - other[rows] for other in (self.goal, self.tcp))      # (n, 3) m
+                height, force = gap[:, 2] - self.rest[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)      # m, N
                 self.touch[rows] = (force > GRASP_FORCE).all(1)
                 self.success[rows] = ((np.linalg.norm(gap[:, :2], axis=1) < PICK_RADIUS) & (0 < height)
-                                      & (height < PICK_HEIGHT) & (force == 0).all(1) & (clear > PICK_CLEAR))
+                                      & (height < PICK_HEIGHT) & (force == 0).all(1)
+                                      & (np.linalg.norm(clear, axis=1) > PICK_CLEAR))
             else:
                 self.goal[rows] = self.start[rows, named] + (PUSH_DISTANCE + .02, 0, 0)
-                moved, others = bodies[..., :2] - self.start[rows, :, :2], named[:, None] != np.arange(3)   # (n, 3, 2), (n, 3)
+                moved, others = bodies[..., :2] - self.start[rows, :, :2], named[:, None] != np.arange(3)   # (n, 3, 2)
                 self.wrong[rows] = (np.linalg.norm(moved, axis=2) * others).max(1) > PUSH_WRONG
                 self.touch[rows] = sensor[every, named] > 0
                 self.success[rows] = (moved[every, named, 0] > PUSH_DISTANCE) & ~self.wrong[rows]
@@ -749,16 +736,17 @@ class VecEnv:
         for name, value in zip(REWARD_TERMS, (reach, touch, progress, success)):
             terms[name][ids] += value[ids]
         lost = self.succeeded & ~success & ~self.lost
-        event = REWARD_TOUCH * (touch & ~self.touched) + REWARD_SUCCESS * (success & ~self.succeeded) + REWARD_LOST * lost
+        first = REWARD_TOUCH * (touch & ~self.touched) + REWARD_SUCCESS * (success & ~self.succeeded)
         for latch, now in ((self.touched, touch), (self.succeeded, success), (self.lost, lost)):
             latch[ids] |= now[ids]
-        return ((reach + touch + progress + success) / 4 if self.dense else event)[ids]
+        return ((reach + touch + progress + success) / 4 if self.dense else first + REWARD_LOST * lost)[ids]
 
     def observe(self, ids):
         """Observation of environments ids: images (n, H, W, 3) uint8 (absent if image_size is 0), instructions, a list
         of n strings, and state (n, 8) float32. Fresh arrays."""
-        state = np.concatenate([self.tcp[ids], euler_of(self.frame[ids]), self.opening[ids, None], np.zeros((len(ids), 1))], 1)
-        obs = dict(instructions=list(self.instruction[ids]), state=state.astype(np.float32))
+        state = np.zeros((len(ids), 8), np.float32)
+        state[:, :3], state[:, 3:6], state[:, 6] = self.tcp[ids], euler_of(self.frame[ids]), self.opening[ids]
+        obs = dict(instructions=list(self.instruction[ids]), state=state)
         if self.image_size:
             open_gl()
             for i in ids:
@@ -775,9 +763,9 @@ class VecEnv:
 
 
 # ---------------------------------------------------------------------------------------------------- experts
-# Waypoints: reference, offset [m], gripper, tolerance [m], most steps, and the greatest distance [m] between tool and
-# object (0 = any) beyond which it was lost and the plan starts again. A reference is the object or the goal wherever it is
-# by then, or the tool where it was when the waypoint began. When the gripper changes, the plan waits for the fingers.
+# Waypoints: reference, offset [m], gripper, tolerance [m], most steps, and the distance [m] between tool and object beyond
+# which (0 = none) it was lost and the plan starts again. A reference is the object or the goal, wherever it is by then, or
+# the tool where it was when the waypoint began. When the gripper changes, the plan waits for the fingers.
 PLANS = {
     "pick-place": (("object", (0, 0, .09), 1, .012, 25, 0), ("object", (0, 0, 0), 1, .005, 25, 0),
                    ("tool", (0, 0, .12), -1, .02, 8, .06), ("goal", (0, 0, .15), -1, .01, 25, .06),
@@ -795,16 +783,16 @@ class Expert:
 
         expert = Expert(env);     executed, label = expert.act();     env.step(executed[:, None])
 
-    style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma ~ U(0, noise) once an episode: such
-    demonstrations contain recoveries while their labels stay clean (DART, Laskey et al. 2017).
+    style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma ~ U(0, noise) once an episode:
+    such demonstrations contain recoveries while their labels stay clean (DART, Laskey et al. 2017).
     style "teleop": an imperfect person: slower or faster, a few mm off, with pauses, an overshoot and correlated noise;
     label = executed, as in a recording. What happens in an episode depends on the episode only, not on num_envs."""
 
-    SPEED, TURN_SPEED = .04, .25                               # m and rad a control step
+    SPEED, TURN_SPEED = .036, .18                              # m and rad a control step
 
     def __init__(self, env, style="expert", noise=0.):
         if style not in ("expert", "teleop") or not 0 <= noise <= .02:
-            raise ValueError(f"Expert: got style {style!r}, noise {noise!r}; need expert or teleop, 0 <= noise <= .02 m")
+            raise ValueError(f"Expert: got style {style!r}, noise {noise!r}; need expert or teleop, noise 0 to .02 m")
         self.env, self.teleop, self.noise, self.plan, self.habit = env, style == "teleop", noise, {}, {}
 
     def act(self):
@@ -839,7 +827,8 @@ class Expert:
                 for _ in range(most):
                     where = dict(object=env.object[i], goal=env.goal[i], tool=tool)[reference] + offset
                     lost = leash and np.linalg.norm(env.tcp[i] - env.object[i]) > leash
-                    action, arrived = self.towards(i, where, reference == "object" and wanted == 1, tolerance)
+                    align = env.scene_of[i] == "pick" and reference == "object"
+                    action, arrived = self.towards(i, where, align, tolerance)
                     if lost or arrived:
                         break
                     yield np.append(action, grip)
@@ -849,13 +838,91 @@ class Expert:
                 yield np.array([0, 0, 0, 0, 0, 0, grip])
 
     def towards(self, i, where, align, tolerance):
-        """Delta pose (6,) that takes the target of environment i to where [m], at limited speed; whether it is there."""
+        """Delta pose (6,) that takes the target of environment i to where [m] at limited speed; whether it is there."""
         env, habit = self.env, self.habit[i]
         gap = np.clip(where + habit.offset, *WORKSPACE) - env.target[i]
         heading, distance = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0]), np.linalg.norm(gap)
-        turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2 if align and env.scene_of[i] == "pick" else 0.
+        turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2 if align else 0.
         if habit.overshoot and tolerance <= distance < self.SPEED:     # once: a little too far, then back
             gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
         gap *= min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
         turn_now = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED)
         return np.array([*gap, 0, 0, turn_now]) / env.scale[i], distance < tolerance and abs(turn) < .06
+
+# ---------------------------------------------------------------------------------------------------- demo
+def wilson(k, n):
+    """95 % Wilson interval of a success rate k / n."""
+    centre, half = (k + 1.92) / (n + 3.84), 1.96 * np.sqrt(k * (n - k) / n + .96) / (n + 3.84)
+    return centre - half, centre + half
+
+def run_expert(env, episodes, style="expert", noise=0., frames=None):
+    """Success (episodes,) bool and length (episodes,) int of the demonstrator on episodes 0, 1, ... of env. Appends the
+    pictures of environment 0 to the list `frames`, if given."""
+    obs, expert = env.reset(), Expert(env, style, noise)
+    success, length = np.zeros(episodes, bool), np.zeros(episodes, int)
+    while (length == 0).any():
+        if frames is not None:
+            frames.append(obs["images"][0])
+        obs, *_, info = env.step(expert.act()[0][:, None])
+        for i in info["ended"][info["episode"][info["ended"]] < episodes]:
+            success[info["episode"][i]], length[info["episode"][i]] = info["success"][i], info["length"][i]
+    if frames is not None:
+        frames.append(info["final_obs"]["images"][0])
+    return success, length
+
+def speed(task, num_envs=32, steps=40):
+    """Environment steps/s with 64 px pictures, OpenGL frames/s, share of the time in neither mj_step nor OpenGL."""
+    env, total = VecEnv(task, num_envs=num_envs), 0.
+    env.reset()
+    expert, env.seconds, env.frames = Expert(env), dict(physics=0., gl=0.), 0
+    for _ in range(steps):
+        action, before = expert.act()[0][:, None], time.perf_counter()
+        env.step(action)
+        total += time.perf_counter() - before
+    return num_envs * steps / total, env.frames / env.seconds["gl"], 1 - sum(env.seconds.values()) / total
+
+def default_renderer_speed(task):
+    """Frames/s of mujoco.Renderer at 64 px on the scene of a task, with MuJoCo's default qualities."""
+    xml = re.sub(r"<quality[^>]*>|<headlight[^>]*>|castshadow=.false.", "", scene_xml(TASKS[task].scene, 64))
+    model = mujoco.MjModel.from_xml_string(xml)
+    data, renderer, before = mujoco.MjData(model), mujoco.Renderer(model, 64, 64), time.perf_counter()
+    mujoco.mj_forward(model, data)
+    for _ in range(20):
+        renderer.update_scene(data, camera=0)
+        renderer.render()
+    return 20 / (time.perf_counter() - before)
+
+def main():
+    parser = argparse.ArgumentParser(description="Demo: pictures, videos, expert success, the sim-real gap, speed.")
+    parser.add_argument("--out", default="runs/envs", help="folder for the pictures and videos")
+    parser.add_argument("--episodes", type=int, default=60, help="expert episodes per task and domain, >= 1")
+    args, sheet = parser.parse_args(), []
+    os.makedirs(args.out, exist_ok=True)
+    import imageio
+    print("The gap between sim and real (the stand-in for a robot); (low, high) is drawn in each episode")
+    for part, rows in PARAMETERS.items():
+        for name, (sim, real, _) in rows.items():
+            print(f"  {part:9}{name:16}{str(sim):60.59}{str(real):.59}")
+    print(f"\nSuccess of the demonstrators, n = {args.episodes} (episodes 0.. of seed 0), 95 % Wilson interval")
+    for domain in ("sim", "real"):
+        for task in TASKS:
+            run_expert(VecEnv(task, domain, image_size=224), 1, frames=(frames := []))
+            imageio.mimwrite(f"{args.out}/{task}-{domain}.mp4", frames, fps=5, macro_block_size=1)
+            sheet.append(np.concatenate([frames[0], frames[-1]], 1))
+            for style in ("expert", "teleop"):
+                success, length = run_expert(VecEnv(task, domain, 20, image_size=0), args.episodes, style)
+                low, high = wilson(success.sum(), args.episodes)
+                print(f"  {domain:5}{task:13}{style:7}{success.mean():7.1%}  [{low:.1%}, {high:.1%}]  "
+                      f"{length.mean():.1f} steps")
+    rows = [np.concatenate(sheet[k:k + 4], 1) for k in (0, 4)]
+    imageio.imwrite(f"{args.out}/contact-sheet.png", np.concatenate(rows))
+    print(f"\nSpeed of one process, 32 environments, 64 px; OpenGL on {gl_renderer_name()}")
+    for task in TASKS:
+        print("  {:13}{:6.0f} environment steps/s {:6.0f} frames/s  glue {:.0%}  mujoco.Renderer {:.0f} frames/s".format(
+            task, *speed(task), default_renderer_speed(task)))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        both = sum(rate for rate, *_ in pool.map(speed, ["pick-place"] * 2, chunksize=1))
+    print(f"  two processes: {both:.0f} environment steps/s on pick-place\nwrote contact-sheet.png, 8 videos to {args.out}")
+
+if __name__ == "__main__":
+    main()

@@ -1,32 +1,26 @@
 """Two vision-language-action policies behind one contract: OpenVLA (action tokens) and pi0.5 (flow matching).
 
-    policy = load_policy("openvla" | "pi05" | folder | hub id)         # tiny bundled ones, or the real 7 B and 3.3 B
-    decision = policy.act(images, instructions)                        # actions, log pi(a|o), V(o), trace
-    logp, entropy, value = policy.evaluate(images, instructions, decision.trace)     # the same numbers, with gradient
-    loss = policy.bc_loss(images, instructions, actions, pad)          # L_SFT on demonstrations
-    policy.save(folder)                                                # official layout, readable by other loaders
+    policy = load_policy("openvla" | "pi05" | folder | hub id)  # tiny bundled ones, or the real 7 B and 3.3 B
+    decision = policy.act(images, instructions)                   # actions, log pi(a|o), V(o), trace
+    logp, entropy, value = policy.evaluate(images, instructions, decision.trace)  # the same, with gradient
+    loss = policy.bc_loss(images, instructions, actions, pad)     # L_SFT on demonstrations
+    policy.save(folder)                                           # official layout, readable by other loaders
 
-Observation   images (B, H, W, 3) uint8 RGB, or (B, N, H, W, 3) for N cameras of pi0.5; instructions: list of B str
-Action chunk  (B, K, 7) float32: dx dy dz [m], droll dpitch dyaw [rad], gripper -1 close .. +1 open
-Shapes        B batch, T image tokens, L prompt tokens, D width, N cameras, H horizon, K executed, A model action dims
-Log-probs     float32, one per decision (all 7 tokens, or the whole executed chunk), in nats
-Frozen eyes   features = policy.encode_images(images) may stand wherever `images` may: computed once, used every epoch
-Hidden state  policy.prompt_hidden(images, instructions) (B, D): what the value head reads, open to auxiliary losses
-
-Official and tiny checkpoints run through the same code; only config.json and the weights differ.
-Departs from the reference implementations:
+Images    (B, H, W, 3) uint8 RGB, or (B, N, H, W, 3) for N cameras of pi0.5; or, wherever images may stand,
+          policy.encode_images(images): with frozen towers they are computed once and used in every epoch
+Actions   (B, K, 7) float32: dx dy dz [m], droll dpitch dyaw [rad], gripper -1 close .. +1 open
+Log-probs float32 nats, one per decision: all 7 tokens, or the whole executed chunk
+Shapes    B batch, T image tokens, L prompt tokens, D width, H horizon, K executed steps, A model action dims
+Official and tiny checkpoints run through the same code. It departs from the reference implementations thus:
  1. OpenVLA acts in batches, and among the 256 action tokens only (official: batch 1, whole vocabulary).
  2. One decoder serves Llama, Gemma and the action expert. It keeps no RoPE buffer, so no cast can round one.
- 3. pi0.5 trains and samples through one path: prefix pass -> keys/values -> expert pass. The gradients are the same.
+ 3. pi0.5 trains and samples by the same prefix pass -> keys/values -> expert pass. Gradients are the same.
  4. The pi0.5 critic averages the valid prefix tokens; the reference averages the padding in as well.
- 5. Weights stay float32. "bfloat16" is autocast around the matmuls; logits, heads, time and norms stay float32.
+ 5. Weights stay float32; "bfloat16" is autocast around matmuls. Logits, heads, time, norms: always float32.
 """
-import contextlib
 import json
 import math
-import os
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -43,36 +37,41 @@ from torch.utils.checkpoint import checkpoint
 
 ACTION_DIM = 7
 BUNDLED = {name: Path(__file__).resolve().parent / "base" / f"{name}-tiny" for name in ("openvla", "pi05")}
-HEADS = ("value_head.", "noise_head.")           # ours: saved apart, so that other loaders read the official part
-# What PEFT's "all-linear" means on OpenVLA, as suffixes of module names; out_proj is SigLIP's in pi0.5.
-LORA_TARGETS = ("q", "kv", "qkv", "proj", "fc1", "fc2", "fc3", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj",
-                "gate_proj", "up_proj", "down_proj", "lm_head")
+HEADS = ("value_head.", "noise_head.")      # ours: saved apart, so that other loaders read the official part
+# PEFT's "all-linear" on OpenVLA, as last names of modules; out_proj is SigLIP's in pi0.5
+LORA_TARGETS = ("q", "kv", "qkv", "proj", "fc1", "fc2", "fc3", "q_proj", "k_proj", "v_proj", "o_proj",
+                "out_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 LN2PI = math.log(2 * math.pi)
 
 class Decision(NamedTuple):
     actions: torch.Tensor    # (B, K, 7) float32, physical units
-    logp: torch.Tensor       # (B,) float32, log pi(trace | observation); 0 for a deterministic pi0.5 chunk: no density
+    logp: torch.Tensor       # (B,) float32, log pi(trace | observation); 0 for a deterministic pi0.5 chunk
     value: torch.Tensor      # (B,) float32
-    trace: dict              # what was sampled, for `evaluate`; tensors with leading B: index and concatenate freely
+    trace: dict           # what was sampled, for `evaluate`: tensors with leading B, to index and concatenate
 
-def wrong(what, got, need, remedy):
-    return f"{what}: got {got}; need {need}; try {remedy}"
+def expect(ok, what, got, need, remedy, into=None):
+    """Unless ok, raise a ValueError with the four things a user needs, or append it to the list `into`."""
+    message = f"{what}: got {got}; need {need}; try {remedy}"
+    if not ok and into is None:
+        raise ValueError(message)
+    if not ok:
+        into.append(message)
 
 def float32(tensor):
     """Context in which autocast is off, around everything that must not be rounded."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 def recompute(on, module, *inputs):
-    """module(*inputs); with gradient checkpointing `on`, a third more time for far less memory."""
-    return checkpoint(module, *inputs, use_reentrant=False) if on and torch.is_grad_enabled() else module(*inputs)
+    """module(*inputs); with gradient checkpointing `on`: a third more time, far less memory."""
+    grad = on and torch.is_grad_enabled()
+    return checkpoint(module, *inputs, use_reentrant=False) if grad else module(*inputs)
 
-# ---- images ------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 def resize_lanczos3(images, size):
     """(B, H, W, 3) uint8 -> (B, size, size, 3), as tf.image.resize(lanczos3, antialias=True) and rounding."""
     def weights(n):
-        centre = (np.arange(size)[:, None] + 0.5) * n / size
-        d = (np.arange(n) + 0.5 - centre) / max(n / size, 1.0)
+        d = (np.arange(n) + 0.5 - (np.arange(size)[:, None] + 0.5) * n / size) / max(n / size, 1.0)
         w = np.where(np.abs(d) < 3, np.sinc(d) * np.sinc(d / 3), 0)
         return w / w.sum(1, keepdims=True)                                                   # (size, n)
     y, x = weights(images.shape[1]), weights(images.shape[2])
@@ -80,7 +79,7 @@ def resize_lanczos3(images, size):
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
 
 def center_crop_90(images, size):
-    """Central box of 90 % area, bilinear to (size, size): tf.image.crop_and_resize in its own float32 arithmetic."""
+    """Central 90 % of the area, to (size, size), in the float32 arithmetic of tf.image.crop_and_resize."""
     side = np.sqrt(np.float32(0.9))
     low = (1 - side) / np.float32(2)
     def axis(n):
@@ -95,31 +94,27 @@ def center_crop_90(images, size):
     return np.minimum(np.floor(np.clip(x, 0, 1) * np.float32(255.5)), 255).astype(np.uint8)
 
 def resize_with_pad(images, size, style):
-    """(B, H, W, 3) uint8 -> (B, size, size, 3) float32 in [-1, 1], aspect kept, black bars.
-
-    "openpi" shrinks with PIL (antialiased), "lerobot" with F.interpolate (not): 0.017 apart on a contrasty image.
-    """
+    """(B, H, W, 3) uint8 -> (B, size, size, 3) float32 in [-1, 1], aspect kept, black bars. "openpi" shrinks
+    with PIL (antialiased), "lerobot" with F.interpolate (not): 0.017 apart on a contrasty image."""
     height, width = images.shape[1:3]
     ratio = max(height / size, width / size)
     h, w = int(height / ratio), int(width / ratio)
-    top, left = (size - h) // 2, (size - w) // 2                 # an odd remainder goes to the bottom and the right
-    out = np.full((len(images), size, size, 3), -1, np.float32)
+    top, left = (size - h) // 2, (size - w) // 2           # an odd remainder goes to the bottom and the right
     if style == "lerobot":
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 * 2 - 1
         x = F.interpolate(x, (h, w), mode="bilinear", align_corners=False).permute(0, 2, 3, 1).numpy()
     else:
         x = np.stack([Image.fromarray(image).resize((w, h), Image.BILINEAR) for image in images])
         x = x.astype(np.float32) / 255 * 2 - 1
-    out[:, top:top + h, left:left + w] = x
-    return out
+    return np.pad(x, ((0, 0), (top, size - h - top), (left, size - w - left), (0, 0)), constant_values=-1.0)
 
-# ---- LoRA: y = W x + (alpha/r) B A x, in PEFT's file format --------------------------------------------------------
+# ---- LoRA: y = W x + (alpha/r) B A x, in PEFT's file format ------------------------------------------------
 
 def lora_hook(module, inputs, output):
     return output + module.lora_scale * module.lora_B(module.lora_A(inputs[0]))
 
 def attach_lora(module, rank, alpha):
-    """Linear, or Conv2d (A is then a convolution of the same shape, B a 1x1 one). B = 0: starts as the identity."""
+    """On a Linear, or a Conv2d (A: a convolution of the same shape, B: 1x1). B = 0 starts as the identity."""
     if isinstance(module, nn.Conv2d):
         module.lora_A = nn.Conv2d(module.in_channels, rank, module.kernel_size, module.stride, bias=False)
         module.lora_B = nn.Conv2d(rank, module.out_channels, 1, bias=False)
@@ -133,12 +128,10 @@ def lora_modules(policy):
     return {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
 
 def add_lora(policy, rank, alpha=None, targets=LORA_TARGETS, seed=0):
-    """Fresh adapters on every Linear or Conv2d whose last name is in `targets`. Defaults as in OpenVLA's fine-tuning:
-    alpha = min(rank, 16), A ~ N(0, 1/rank), B = 0."""
+    """Fresh adapters on layers whose last name is in `targets`; alpha and A ~ N(0, 1/rank) as in OpenVLA."""
     chosen = [module for name, module in policy.named_modules() if name.split(".")[-1] in targets
               and isinstance(module, (nn.Linear, nn.Conv2d))]
-    if not chosen:
-        raise ValueError(wrong("lora_targets", list(targets), "last names of layers", f"some of {LORA_TARGETS}"))
+    expect(chosen, "lora_targets", list(targets), "last names of layers", f"some of {LORA_TARGETS}")
     generator = torch.Generator().manual_seed(seed)
     for module in chosen:
         attach_lora(module, rank, alpha or min(rank, 16))
@@ -155,11 +148,12 @@ def merge_lora(policy):
 
 def save_lora(policy, folder, base):
     layers = {policy.official_key(name): module for name, module in lora_modules(policy).items()}
-    ranks = {name: module.lora_A.weight.shape[0] for name, module in layers.items()}
+    ranks = {name: len(module.lora_A.weight) for name, module in layers.items()}
+    alphas = {name: module.lora_scale * ranks[name] for name, module in layers.items()}
     write_json(folder / "adapter_config.json", dict(
-        peft_type="LORA", base_model_name_or_path=base, target_modules=list(layers), r=max(ranks.values()), bias="none",
-        lora_alpha=max(ranks.values()), lora_dropout=0.0, rank_pattern=ranks,
-        alpha_pattern={name: module.lora_scale * ranks[name] for name, module in layers.items()}))
+        peft_type="LORA", base_model_name_or_path=base, target_modules=list(layers), bias="none",
+        lora_dropout=0.0, r=max(ranks.values()), lora_alpha=max(alphas.values()), rank_pattern=ranks,
+        alpha_pattern=alphas))
     save_file({f"base_model.model.{name}.lora_{x}.weight": getattr(module, f"lora_{x}").weight.detach().cpu()
                for name, module in layers.items() for x in "AB"}, folder / "adapter_model.safetensors")
 
@@ -172,22 +166,21 @@ def load_lora(policy, folder):
     names = {key.split(".lora_")[0] for key in tensors}
     bad = sorted(set(tensors) ^ {f"{name}.lora_{x}.weight" for name in names for x in "AB"})
     bad += sorted(name for name in names if policy.internal_key(name) not in modules)
-    if bad or config.get("use_dora"):
-        raise ValueError(wrong(f"adapter {folder}", f"what does not fit: {bad or 'use_dora'}", "plain LoRA of this policy",
-                               "the base model that it was trained on"))
+    expect(not bad and not config.get("use_dora"), f"adapter {folder}", f"a misfit: {bad or 'use_dora'}",
+           "plain LoRA of this policy", "the base model that it was trained on")
     for name in sorted(names):
         module, a = modules[policy.internal_key(name)], tensors[name + ".lora_A.weight"]
-        alpha = next((value for pattern, value in (config.get("alpha_pattern") or {}).items()
-                      if re.match(rf"(.*\.)?({pattern})$", name)), config["lora_alpha"])
+        patterns = (config.get("alpha_pattern") or {}).items()
+        alpha = next((x for key, x in patterns if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"])
         attach_lora(module, len(a), alpha * (math.sqrt(len(a)) if config.get("use_rslora") else 1))
         module.lora_A.load_state_dict({"weight": a})
         module.lora_B.load_state_dict({"weight": tensors[name + ".lora_B.weight"]})
 
-# ---- the decoder: Llama, Gemma and the action expert ----------------------------------------------------------------
+# ---- the decoder: Llama, Gemma and the action expert -------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """y = x/rms(x) * (offset + w), offset 0 for Llama and 1 for Gemma. With a condition c (adaRMS of the expert):
-    [scale, shift, gate] = W c + b,  y = x/rms(x) * (1 + scale) + shift; the gate multiplies the sub-block's output."""
+    """y = x/rms(x) * (offset + w), offset 0 in Llama and 1 in Gemma. With a condition c (adaRMS, the expert):
+    [scale, shift, gate] = W c + b,  y = x/rms(x) * (1 + scale) + shift; the gate multiplies the sub-block."""
     def __init__(self, dim, eps, offset, cond_dim):
         super().__init__()
         self.eps, self.offset = eps, offset
@@ -196,7 +189,7 @@ class RMSNorm(nn.Module):
         else:
             self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x, cond=None):
+    def forward(self, x, cond):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         if cond is None:
@@ -206,7 +199,7 @@ class RMSNorm(nn.Module):
         return (y * (1 + scale) + shift).to(x.dtype), gate
 
 def rotate(x, cos, sin):
-    """RoPE: pairs are (i, i + hd/2), first half with second half, not even with odd."""
+    """RoPE on pairs (i, i + hd/2): the first half with the second half, not even with odd."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -223,12 +216,11 @@ class DecoderLayer(nn.Module):
                                       down_proj=linear(mlp_dim, width)))
 
     def attend(self, x, rotary, mask, past):
-        split = lambda y, n: y.view(len(x), -1, n, self.head_dim).transpose(1, 2)
-        q = rotate(split(self.self_attn["q_proj"](x), self.heads), *rotary)                  # (B, heads, T, hd)
-        k = rotate(split(self.self_attn["k_proj"](x), self.kv_heads), *rotary)               # (B, kv, T, hd)
-        v = split(self.self_attn["v_proj"](x), self.kv_heads)
+        split = lambda name, n: self.self_attn[name](x).view(len(x), -1, n, self.head_dim).transpose(1, 2)
+        q = rotate(split("q_proj", self.heads), *rotary)                                   # (B, heads, T, hd)
+        k, v = rotate(split("k_proj", self.kv_heads), *rotary), split("v_proj", self.kv_heads)
         if past:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)                    # (B, kv, past + T, hd)
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)              # (B, kv, past + T, hd)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
         return self.self_attn["o_proj"](y.transpose(1, 2).reshape(*x.shape[:-1], -1)), (k, v)
 
@@ -241,22 +233,23 @@ class DecoderLayer(nn.Module):
         return x + (h if gate is None else gate * h), kv
 
 class Decoder(nn.Module):
-    """Pre-norm transformer over embeddings x (B, T, D), or (B, S, H, D) with a condition per block, cond (B, S, 1, D).
+    """Pre-norm transformer over x (B, T, D), or (B, S, H, D) with one condition per block, cond (B, S, 1, D).
 
-    mask (B, 1, T or 1, past + T): True = may be attended. Nothing is mutated: keys (after RoPE) and values are returned
-    and go back in as `past`, so that training, cached sampling and gradient checkpointing share one path.
-    """
+    mask (B, 1, T or 1, past + T), True = may be attended. Nothing is mutated: keys (after RoPE) and values
+    are returned and go back in as `past`; training, cached sampling and checkpointing share one path."""
     def __init__(self, width, depth, vocab=None, *, head_dim, eps, theta, offset, cond_dim=None, **layer):
         super().__init__()
         norm = dict(eps=eps, offset=offset, cond_dim=cond_dim)
         self.head_dim, self.theta, self.checkpointing = head_dim, theta, False
         if vocab:
             self.embed_tokens = nn.Embedding(vocab, width)
-        self.layers = nn.ModuleList(DecoderLayer(width, head_dim=head_dim, norm=norm, **layer) for _ in range(depth))
+        layer.update(width=width, head_dim=head_dim, norm=norm)
+        self.layers = nn.ModuleList(DecoderLayer(**layer) for _ in range(depth))
         self.norm = RMSNorm(width, **norm)
 
     def forward(self, x, positions, mask, past=None, cond=None):
-        inv_freq = 1.0 / self.theta ** (torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim)
+        half = torch.arange(0, self.head_dim, 2, device=x.device).float()
+        inv_freq = 1.0 / self.theta ** (half / self.head_dim)
         angle = positions[:, None, :, None].float() * inv_freq                               # (B, 1, T, hd/2)
         rotary, kv = (angle.cos(), angle.sin()), []
         for i, layer in enumerate(self.layers):
@@ -274,30 +267,33 @@ class Head(nn.Sequential):
         with float32(x):
             return super().forward(x.float())
 
-# ---- the vision transformer of OpenVLA -------------------------------------------------------------------------------
+# ---- the vision transformer of OpenVLA ---------------------------------------------------------------------
+
+def attention_and_mlp(dim, hidden, **attention):
+    """The layers of a ViT block, and of SigLIP's pooling, under timm's names."""
+    linears = {name: nn.Linear(dim, n * dim) for name, n in attention.items()}
+    return linears, nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
 
 class ViTBlock(nn.Module):
     def __init__(self, dim, heads, hidden, scale):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
-        if scale:                                                # timm's LayerScale gamma, under its official key
+        linears, self.mlp = attention_and_mlp(dim, hidden, qkv=3, proj=1)
+        self.attn = nn.ModuleDict(linears)
+        if scale:                                            # timm's LayerScale gamma, under its official key
             self.ls1, self.ls2 = (nn.ParameterDict(dict(scale_factor=torch.ones(dim))) for _ in range(2))
 
     def forward(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).view(*x.shape[:2], 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                 # each (B, heads, T, hd)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # each (B, heads, T, hd)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        scale1, scale2 = (self.ls1["scale_factor"], self.ls2["scale_factor"]) if hasattr(self, "ls1") else (1.0, 1.0)
-        x = x + scale1 * self.attn["proj"](y)
-        return x + scale2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))          # exact GELU in both towers
+        s1, s2 = (self.ls1["scale_factor"], self.ls2["scale_factor"]) if hasattr(self, "ls1") else (1.0, 1.0)
+        x = x + s1 * self.attn["proj"](y)
+        return x + s2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))    # exact GELU in both towers
 
 class ViT(nn.Module):
-    """timm's ViT under its own key names; features are block depth-2, without final norm, as OpenVLA was trained.
-
-    The last block, the norm and the attention pool of the official files are kept for saving and never run.
-    """
+    """timm's ViT under its own names; features are block depth-2, without final norm, as OpenVLA was trained.
+    The last block, the norm and the attention pool of official files are kept for saving, and never run."""
     def __init__(self, embed_dim, depth, num_heads, patch_size, image_size, mlp_ratio=4.0, reg_tokens=0,
                  class_token=True, init_values=None, global_pool="token", no_embed_class=True):
         super().__init__()
@@ -307,35 +303,33 @@ class ViT(nn.Module):
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, dim))
-        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads, hidden, init_values is not None) for _ in range(depth))
+        scale = init_values is not None
+        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads, hidden, scale) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         if global_pool == "map":
-            self.attn_pool = nn.ModuleDict(dict(
-                q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim), norm=nn.LayerNorm(dim),
-                mlp=nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))))
+            linears, mlp = attention_and_mlp(dim, hidden, q=1, kv=2, proj=1)
+            self.attn_pool = nn.ModuleDict(dict(linears, norm=nn.LayerNorm(dim), mlp=mlp))
             self.attn_pool.register_parameter("latent", nn.Parameter(torch.zeros(1, 1, dim)))
 
     def forward(self, pixels):
-        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed     # (B, T, D), row-major
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed     # (B, T, D)
         patches = x.shape[1]
-        if hasattr(self, "cls_token"):                           # CLS and registers: in front, and without position
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], 1)
+        if hasattr(self, "cls_token"):                     # CLS and registers: in front, and without position
+            prefix = torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1)
+            x = torch.cat([prefix, x], 1)
         for block in self.blocks[:-1]:
             x = recompute(self.checkpointing, block, x)
         return x[:, -patches:]
 
-# ---- what both policies share ----------------------------------------------------------------------------------------
+# ---- what both policies share ------------------------------------------------------------------------------
 
 class Policy(nn.Module):
-    SETTINGS = {}
-
     def __init__(self, config, settings):
         super().__init__()
-        if unknown := sorted(set(settings) - set(self.SETTINGS)):
-            raise ValueError(wrong("settings", unknown, f"names of {sorted(self.SETTINGS)}", "the spelling above"))
-        self.config, self.settings = config, {**self.SETTINGS, **settings}
+        unknown = sorted(set(settings) - set(self.SETTINGS))
+        expect(not unknown, "settings", unknown, f"names of {sorted(self.SETTINGS)}", "the spelling above")
+        self.config, self.settings, self.statistics = config, {**self.SETTINGS, **settings}, {}
         self.tokenizer, self.source, self.bf16, self.checkpointing = None, None, False, False
-        self.statistics = {}             # {data set: {"action": {q01, q99, mask, ...}, "state": {...}}}, official numbers
 
     @property
     def device(self):
@@ -346,56 +340,57 @@ class Policy(nn.Module):
 
     @property
     def stats(self):
-        """Statistics of the data set named by `unnorm_key`, which may be left out when there is exactly one."""
+        """Statistics of the data set named by `unnorm_key`; may be left out when there is exactly one."""
         names = list(self.statistics)
         key = self.settings["unnorm_key"] or (names[0] if len(names) == 1 else None)
-        if key not in names:
-            raise ValueError(wrong("unnorm_key", repr(key), "a data set whose statistics the checkpoint holds",
-                                   f"one of {names}" if names else "policy.set_statistics(name, stats)"))
+        expect(key in names, "unnorm_key", repr(key), "a data set whose statistics the checkpoint holds",
+               f"one of {names}" if names else "policy.set_statistics(name, stats)")
         return self.statistics[key]
 
     def set_statistics(self, name, stats):
-        """Replace all statistics by one data set's {"action": {"q01": (7,), "q99": (7,), ...}, "state": {...} or absent},
-        in the contract's units. Quantile ranges below 1e-3 are widened to it: dividing by a range near zero turns
-        sensor noise into huge actions, a known way to ruin a fine-tune."""
+        """Replace all statistics by one data set's {"action": {"q01": (7,), "q99": (7,)}, "state": optional},
+        in the contract's units. Quantile ranges below 1e-3 are widened to it: division by a range near zero
+        turns sensor noise into huge actions, a known way to ruin a fine-tune."""
         stats = {part: {key: np.asarray(value).tolist() for key, value in stats[part].items()}
                  for part in ("action", "state") if part in stats}
-        action = stats.get("action", {})
-        low, high = (np.array(action.get(key, []), float) for key in ("q01", "q99"))
-        if low.shape != (ACTION_DIM,) or high.shape != low.shape or not np.isfinite(low + high).all():
-            raise ValueError(wrong(f"statistics {name!r}", f"action q01 {low}, q99 {high}", f"{ACTION_DIM} finite numbers each",
-                                   "{'action': {'q01': [...], 'q99': [...]}} as real_data.py computes it"))
-        middle, reach = (low + high) / 2, np.maximum(high - low, 1e-3) / 2
-        action.update(q01=np.minimum(low, middle - reach).tolist(), q99=np.maximum(high, middle + reach).tolist())
-        stats["action"] = {"mask": [True] * 6 + [False], "gripper_range": [-1.0, 1.0], **action}
+        low, high = (np.array(stats.get("action", {}).get(key, []), float) for key in ("q01", "q99"))
+        fine = low.shape == high.shape == (ACTION_DIM,) and np.isfinite(low + high).all()
+        expect(fine, f"statistics {name!r}", f"action q01 {low}, q99 {high}", "7 finite numbers each",
+               "those of a LeRobot data set")
+        middle, narrow = (low + high) / 2, high - low < 1e-3
+        stats["action"] = {"mask": [True] * 6 + [False], "gripper_range": [-1.0, 1.0], **stats["action"],
+                           "q01": np.where(narrow, middle - 5e-4, low).tolist(),
+                           "q99": np.where(narrow, middle + 5e-4, high).tolist()}
         self.statistics, self.settings["unnorm_key"] = {name: stats}, None
 
     def check(self, images, instructions=None, actions=None, pad=None):
-        """One ValueError naming every offender. Returns the images (uint8), or features (float), on the device."""
+        """One ValueError naming every offender. Returns images (uint8) or features (float) on the device."""
         images, bad = torch.as_tensor(images), []
-        size = len(images) if images.ndim else 0
-        if images.is_floating_point() and images.ndim == self.feature_ndim and images.shape[-2:] == self.feature_shape:
-            if not images.isfinite().all():
-                bad.append(wrong("image features", "NaN or inf", "finite numbers", "policy.encode_images(images) again"))
-        elif images.dtype != torch.uint8 or images.ndim not in self.image_ndims or images.shape[-1] != 3 or 0 in images.shape:
-            nan = ", with NaN" if images.is_floating_point() and images.isnan().any() else ""
-            bad.append(wrong("images", f"{images.dtype} {tuple(images.shape)}{nan}", f"uint8 {self.image_help}",
-                             f"RGB, channels last, 0..255; or features (..., {self.feature_shape}) from encode_images"))
+        size, finite = len(images) if images.ndim else 0, bool(images.isfinite().all())
+        got = f"{images.dtype} {tuple(images.shape)}{'' if finite else ', with NaN'}"
+        if images.is_floating_point() and images.shape[-2:] == self.feature_shape:
+            expect(finite and images.ndim == self.feature_ndim, "image features", got,
+                   f"{self.feature_ndim} finite dimensions", "policy.encode_images(images)", bad)
+        else:
+            fine = images.dtype == torch.uint8 and images.ndim in self.image_ndims and images.shape[-1] == 3
+            cameras = " or (B, N, H, W, 3)" * (5 in self.image_ndims)
+            expect(fine and size, "images", got, f"uint8 (B, H, W, 3){cameras}, RGB, 0..255",
+                   f"channels last; or features (.., {self.feature_shape}) of encode_images", bad)
         if instructions is not None:
             texts = [instructions] if isinstance(instructions, str) else instructions
             empty = [i for i, text in enumerate(texts) if not (isinstance(text, str) and text.strip())]
-            if texts is not instructions or len(texts) != size or empty:
-                bad.append(wrong("instructions", f"{type(instructions).__name__} of {len(texts)}, empty or no text at {empty}",
-                                 f"a list of {size} non-empty str, one for each image", "['open the drawer'] * B"))
+            expect(texts is instructions and len(texts) == size and not empty, "instructions",
+                   f"{type(instructions).__name__} of {len(texts)}, empty or no text at {empty}",
+                   f"a list of {size} non-empty str, one for each image", "['open the drawer'] * B", bad)
         if actions is not None:
             actions, least = torch.as_tensor(actions), self.settings.get("horizon", 1)
-            if actions.ndim != 3 or actions.shape[2] != ACTION_DIM or len(actions) != size or actions.shape[1] < least:
-                bad.append(wrong("actions", tuple(actions.shape), f"({size}, {least} or more, {ACTION_DIM})",
-                                 "one chunk of dx dy dz droll dpitch dyaw gripper for each image"))
-            if rows := [i for i, action in enumerate(actions) if not action.isfinite().all()]:
-                bad.append(wrong("actions", f"NaN or inf in samples {rows}", "finite numbers", "dropping these samples"))
-            if pad is not None and tuple(pad.shape) != tuple(actions.shape[:2]):
-                bad.append(wrong("pad", tuple(pad.shape), tuple(actions.shape[:2]), "True where an episode has ended"))
+            fine = actions.ndim == 3 and len(actions) == size and actions.shape[1] >= least
+            expect(fine and actions.shape[2] == ACTION_DIM, "actions", tuple(actions.shape),
+                   f"({size}, >= {least}, 7)", "dx dy dz droll dpitch dyaw gripper for each image", bad)
+            rows = [i for i, action in enumerate(actions) if not action.isfinite().all()]
+            expect(not rows, "actions", f"NaN or inf in samples {rows}", "numbers", "dropping them", bad)
+            expect(pad is None or pad.shape == actions.shape[:2], "pad", getattr(pad, "shape", None),
+                   tuple(actions.shape[:2]), "True where the episode had ended", bad)
         if bad:
             raise ValueError("\n".join(bad))
         return images.to(self.device)
@@ -406,9 +401,8 @@ class Policy(nn.Module):
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
     def encode(self, text):
-        if self.tokenizer is None:
-            raise ValueError(wrong("tokenizer", f"no tokenizer.json in {self.source}", f"that of {self.tokenizer_home}",
-                                   "load_policy(..., tokenizer='path/to/tokenizer.json')"))
+        expect(self.tokenizer, "tokenizer", f"no tokenizer.json in {self.source}", f"the one of {self.home}",
+               "load_policy(.., tokenizer='path/to/tokenizer.json')")
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def official_tensors(self):
@@ -416,12 +410,12 @@ class Policy(nn.Module):
                 if ".lora_" not in name and not name.startswith(HEADS)}
 
     def save(self, folder):
-        """Official layout (float32 safetensors, config.json, tokenizer, statistics) plus policy.json, heads.safetensors
-        and, apart in lora/, the adapters as PEFT has them. Give a new name and rename it if a crash must not hurt."""
+        """Official layout (float32 safetensors, config.json, tokenizer, statistics), plus policy.json and
+        heads.safetensors, and adapters apart in lora/ as PEFT has them. Crash-safe: save, then rename."""
         folder, adapted = Path(folder), bool(lora_modules(self))
         folder.mkdir(parents=True, exist_ok=True)
-        if foreign := [f.name for f in folder.glob("*.safetensors*") if f.name not in ("model.safetensors", "heads.safetensors")]:
-            raise ValueError(wrong("save", f"{folder}, which holds {foreign}", "a folder of our own", "another name"))
+        foreign = {f.name for f in folder.glob("*.safetensors*")} - {"model.safetensors", "heads.safetensors"}
+        expect(not foreign, "save", f"{folder}, which holds {foreign}", "a folder of our own", "another name")
         heads = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(HEADS)}
         for name, tensors in (("model", self.official_tensors()), ("heads", heads)):
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -429,17 +423,17 @@ class Policy(nn.Module):
         write_json(folder / "policy.json", dict(settings=self.settings, lora=adapted))
         if adapted:
             save_lora(self, folder / "lora", base="..")
-        if self.tokenizer is not None:
+        if self.tokenizer:
             self.tokenizer.save(str(folder / "tokenizer.json"))
         self.write_statistics(folder)
 
-# ---- OpenVLA: seven action tokens --------------------------------------------------------------------------------------
+# ---- OpenVLA: seven action tokens --------------------------------------------------------------------------
 
 TIMM = {  # geometry of the two official towers; "tiny_timm_kwargs" in config.json overrides it
-    "vit_large_patch14_reg4_dinov2.lvd142m": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=14, reg_tokens=4,
-                                                  init_values=1e-5),
-    "vit_so400m_patch14_siglip_224": dict(embed_dim=1152, depth=27, num_heads=16, patch_size=14, mlp_ratio=3.7362,
-                                          class_token=False, global_pool="map")}
+    "vit_large_patch14_reg4_dinov2.lvd142m": dict(
+        embed_dim=1024, depth=24, num_heads=16, patch_size=14, reg_tokens=4, init_values=1e-5),
+    "vit_so400m_patch14_siglip_224": dict(embed_dim=1152, depth=27, num_heads=16, patch_size=14,
+                                          mlp_ratio=3.7362, class_token=False, global_pool="map")}
 BIN_EDGES = np.linspace(-1, 1, 256)
 BIN_CENTRES = (BIN_EDGES[:-1] + BIN_EDGES[1:]) / 2               # 255: the two lowest ids share +0.996
 
@@ -447,33 +441,34 @@ class OpenVLA(Policy):
     """DINOv2 and SigLIP patches -> projector -> Llama, which writes 7 action tokens.
 
     Sequence  [BOS][T patches][PAD..][prompt text][lone space] -> a_0 .. a_6 </s>; positions skip the PADs
-    Settings  unnorm_key: data set whose statistics un-normalise; temperature of sampling (log-probs follow it);
-              center_crop: for checkpoints tuned with image augmentation (lanczos resize, then the central 90 %)
+    Settings  unnorm_key: data set whose statistics un-normalise; temperature: of sampling and of log-probs;
+              center_crop: for checkpoints tuned with image augmentation (lanczos resize, central 90 %)
     """
     SETTINGS = dict(unnorm_key=None, temperature=1.0, center_crop=False)
     vision, vlm = ("vision_backbone.",), ("vision_backbone.", "projector.", "language_model.")
-    image_ndims, feature_ndim, image_help, tokenizer_home = (4,), 3, "(B, H, W, 3)", "openvla/openvla-7b"
+    image_ndims, feature_ndim, home = (4,), 3, "openvla/openvla-7b"
+    towers = ("featurizer", "fused_featurizer")
 
     def __init__(self, config, **settings):
         super().__init__(config, settings)
         text, tiny, sizes = config["text_config"], config.get("tiny_timm_kwargs", {}), config["image_sizes"]
-        if list(config["timm_model_ids"]) != list(TIMM):
-            raise ValueError(wrong("vision backbone", config["timm_model_ids"], list(TIMM), "openvla/openvla-7b"))
+        expect(list(config["timm_model_ids"]) == list(TIMM), "vision", config["timm_model_ids"], list(TIMM),
+               "openvla/openvla-7b or a fine-tune of it")
         dino, siglip = (dict(geometry, **tiny.get(part, {}), image_size=size) for geometry, part, size in
-                        zip(TIMM.values(), ("featurizer", "fused_featurizer"), sizes))
+                        zip(TIMM.values(), self.towers, sizes))
         # What text_config leaves out has LlamaConfig's default: eps 1e-6, and not Llama-2's 1e-5.
-        width, heads, vocab = text.get("hidden_size", 4096), text.get("num_attention_heads", 32), text["vocab_size"]
-        vision_dim = dino["embed_dim"] + siglip["embed_dim"]
+        width, heads = text.get("hidden_size", 4096), text.get("num_attention_heads", 32)
+        vocab, seen = text["vocab_size"], dino["embed_dim"] + siglip["embed_dim"]
         self.vision_backbone = nn.ModuleDict(dict(featurizer=ViT(**dino), fused_featurizer=ViT(**siglip)))
-        self.projector = nn.ModuleDict(dict(fc1=nn.Linear(vision_dim, 4 * vision_dim), fc2=nn.Linear(4 * vision_dim, width),
+        self.projector = nn.ModuleDict(dict(fc1=nn.Linear(seen, 4 * seen), fc2=nn.Linear(4 * seen, width),
                                             fc3=nn.Linear(width, width)))
-        self.language_model = nn.ModuleDict(dict(model=Decoder(
-            width, text.get("num_hidden_layers", 32), vocab, mlp_dim=text.get("intermediate_size", 11008), act=nn.SiLU(),
-            num_heads=heads, num_kv_heads=text.get("num_key_value_heads", heads), head_dim=width // heads, offset=0,
-            eps=text.get("rms_norm_eps", 1e-6), theta=text.get("rope_theta", 1e4)), lm_head=nn.Linear(width, vocab, False)))
+        self.language_model = nn.ModuleDict(dict(lm_head=nn.Linear(width, vocab, bias=False), model=Decoder(
+            width, text.get("num_hidden_layers", 32), vocab, mlp_dim=text.get("intermediate_size", 11008),
+            num_heads=heads, num_kv_heads=text.get("num_key_value_heads", heads), head_dim=width // heads,
+            offset=0, eps=text.get("rms_norm_eps", 1e-6), theta=text.get("rope_theta", 1e4), act=nn.SiLU())))
         self.value_head = Head((width, 512, 128, 1), nn.GELU, last_bias=False)
-        self.image_size, self.feature_shape = sizes[0], ((sizes[0] // dino["patch_size"]) ** 2, vision_dim)
-        self.vocab = vocab - config.get("pad_to_multiple_of", 64)        # without the padding rows: 32000 of 32064
+        self.image_size, self.feature_shape = sizes[0], ((sizes[0] // dino["patch_size"]) ** 2, seen)
+        self.vocab = vocab - config.get("pad_to_multiple_of", 64)   # without the padding rows: 32000 of 32064
         self.bos, self.eos, self.pad = text.get("bos_token_id", 1), text.get("eos_token_id", 2), self.vocab
 
     def official_key(self, name):
@@ -486,15 +481,16 @@ class OpenVLA(Policy):
         return BIN_CENTRES[np.clip(self.vocab - np.asarray(ids) - 1, 0, 254)]
 
     def encode_values(self, values):
-        """Normalised values -> ids: id = vocab - d, with d = digitize(clip(v, -1, 1), 256 edges) in 1..256."""
+        """Normalised values -> ids: id = vocab - d, d = digitize(clip(v, -1, 1), 256 edges) in 1..256."""
         return self.vocab - np.digitize(np.clip(values, -1, 1), BIN_EDGES)
 
     def scale(self):
-        """q01, q99, mask (absent: everywhere), and the gripper's (closed, open) in the data set's own units, which are
-        0 and 1 in official data (told by q01 >= 0) and what "gripper_range" says after set_statistics."""
+        """q01, q99, mask (absent: everywhere), and (closed, open) of the gripper in the data set's own units:
+        0 and 1 in official data, told by q01 >= 0, else -1 and 1; set_statistics says -1 and 1."""
         stats = self.stats["action"]
         low, high = np.array(stats["q01"]), np.array(stats["q99"])
-        return low, high, stats.get("mask", True), stats.get("gripper_range", (0, 1) if low[6] >= 0 else (-1, 1))
+        gripper = stats.get("gripper_range", (0, 1) if low[6] >= 0 else (-1, 1))
+        return low, high, stats.get("mask", True), gripper
 
     def unnormalize(self, values):
         """v -> 0.5 (v + 1) (q99 - q01) + q01 where mask, else v; in the data set's own units."""
@@ -520,14 +516,14 @@ class OpenVLA(Policy):
         return torch.from_numpy(self.encode_values(self.normalize(actions))).to(self.device)
 
     def pixels(self, images):
-        """(B, H, W, 3) uint8 -> (B, 6, S, S) float32: resized, aspect not kept; normalised for DINOv2, then for SigLIP."""
+        """(B, H, W, 3) uint8 -> (B, 6, S, S) float32: resized, aspect not kept; normalised for each tower."""
         size = self.image_size
         if self.settings["center_crop"]:
             images = images.cpu().numpy()
             images = images if images.shape[1:3] == (size, size) else resize_lanczos3(images, size)
             images = torch.from_numpy(center_crop_90(images, size))
         elif images.shape[1:3] != (size, size):
-            images = [Image.fromarray(image).resize((size, size), Image.BICUBIC) for image in images.cpu().numpy()]
+            images = [Image.fromarray(x).resize((size, size), Image.BICUBIC) for x in images.cpu().numpy()]
             images = torch.from_numpy(np.stack(images))
         x = images.to(self.device).permute(0, 3, 1, 2).float() / 255
         mean, std = x.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
@@ -537,8 +533,8 @@ class OpenVLA(Policy):
         """(B, H, W, 3) uint8 -> vision features (B, T, D1 + D2) float32, DINOv2 and SigLIP side by side."""
         dino, siglip = self.pixels(self.check(images)).split(3, 1)
         with self.autocast():
-            features = [self.vision_backbone["featurizer"](dino), self.vision_backbone["fused_featurizer"](siglip)]
-        return torch.cat(features, -1).float()
+            towers = [self.vision_backbone[name](x) for name, x in zip(self.towers, (dino, siglip))]
+        return torch.cat(towers, -1).float()
 
     def project(self, x):
         for name in ("fc1", "fc2"):
@@ -546,9 +542,10 @@ class OpenVLA(Policy):
         return self.projector["fc3"](x)
 
     def prompt(self, instructions):
-        """-> ids, mask (B, L): BOS, then PADs, then the text, so that every prompt ends in the last column."""
+        """-> ids, mask (B, L): BOS, then PADs, then the text: every prompt ends in the last column."""
         space = self.tokenizer and self.tokenizer.token_to_id("▁")      # 29871 in Llama's vocabulary
-        rows = [self.encode(f"In: What action should the robot take to {text.lower()}?\nOut:") for text in instructions]
+        rows = [self.encode(f"In: What action should the robot take to {text.lower()}?\nOut:")
+                for text in instructions]
         # Training text had a space before the action tokens, which is tokenised on its own: it must be there.
         rows = [row if row[-1] == space else row + [space] for row in rows]
         width = max(map(len, rows))
@@ -557,15 +554,16 @@ class OpenVLA(Policy):
         return ids.to(self.device), mask.to(self.device)
 
     def hidden(self, images, ids, mask, tokens=None):
-        """Final-norm hidden states (B, T + L + n, D) of prompt and `tokens` (B, n); valid; keys and values."""
-        features, model = images if images.is_floating_point() else self.encode_images(images), self.language_model["model"]
+        """Final-norm hidden states (B, T + L + n, D) of prompt and `tokens` (B, n); valid; keys, values."""
+        features = images if images.is_floating_point() else self.encode_images(images)
+        model = self.language_model["model"]
         if tokens is not None:
             ids, mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, tokens.shape[1]), value=True)
         with self.autocast():
             text = model.embed_tokens(ids)
-            x = torch.cat([text[:, :1], self.project(features), text[:, 1:]], 1)             # patches follow BOS
-            valid = F.pad(mask, (features.shape[1], 0), value=True)                          # BOS and patches are valid
-            causal = valid.new_ones(x.shape[1], x.shape[1]).tril() & valid[:, None, None]    # (B, 1, query, key)
+            x = torch.cat([text[:, :1], self.project(features), text[:, 1:]], 1)          # patches follow BOS
+            valid = F.pad(mask, (features.shape[1], 0), value=True)                        # and are all valid
+            causal = valid.new_ones(x.shape[1], x.shape[1]).tril() & valid[:, None, None]    # (B, 1, T, T)
             hidden, kv = model(x, valid.cumsum(1) - 1, causal)
         return hidden, valid, kv
 
@@ -575,33 +573,36 @@ class OpenVLA(Policy):
 
     def action_log_probs(self, hidden):
         """log softmax over the 256 action ids alone, at the sampling temperature: (..., 256) float32."""
-        return (self.logits(hidden)[..., self.vocab - 256:self.vocab] / self.settings["temperature"]).log_softmax(-1)
+        logits = self.logits(hidden)[..., self.vocab - 256:self.vocab]
+        return (logits / self.settings["temperature"]).log_softmax(-1)
 
     def prompt_hidden(self, images, instructions):
-        """Hidden state of the last prompt token, (B, D): the one that predicts a_0."""
+        """Hidden state of the last prompt token, (B, D): what the value head reads; for auxiliary losses."""
         return self.hidden(self.check(images, instructions), *self.prompt(instructions))[0][:, -1].float()
 
     @torch.no_grad()
     def act(self, images, instructions, deterministic=False, generator=None):
         """Sample 7 tokens (or take the likeliest) with a key/value cache -> Decision, K = 1."""
         hidden, valid, kv = self.hidden(self.check(images, instructions), *self.prompt(instructions))
-        model, value, tokens, logp = self.language_model["model"], self.value_head(hidden[:, -1])[:, 0], [], 0.0
+        model, value = self.language_model["model"], self.value_head(hidden[:, -1])[:, 0]
+        tokens, logp = [], 0.0
         for i in range(ACTION_DIM):
+            if i:                                                # feed the last token back as one more column
+                valid = F.pad(valid, (0, 1), value=True)
+                position = valid.sum(1, keepdim=True) - 1
+                with self.autocast():
+                    x = model.embed_tokens(tokens[-1])                                       # (B, 1, D)
+                    hidden, kv = model(x, position, valid[:, None, None], past=kv)
             log_probs = self.action_log_probs(hidden[:, -1])                                 # (B, 256)
             choice = (log_probs.argmax(-1, keepdim=True) if deterministic else
                       torch.multinomial(log_probs.exp(), 1, generator=generator))            # (B, 1)
             logp = logp + log_probs.gather(1, choice)[:, 0]
             tokens.append(choice + self.vocab - 256)
-            if i < ACTION_DIM - 1:                               # feed it back as one more column
-                valid = F.pad(valid, (0, 1), value=True)
-                with self.autocast():
-                    hidden, kv = model(model.embed_tokens(tokens[-1]), valid.sum(1, keepdim=True) - 1,
-                                       valid[:, None, None], past=kv)
         tokens = torch.cat(tokens, 1)                                                        # (B, 7)
         return Decision(self.to_actions(tokens), logp, value, {"tokens": tokens})
 
     def evaluate(self, images, instructions, trace):
-        """One teacher-forced pass over the sampled tokens. logp is their sum; entropy the mean over the 7, in nats."""
+        """One teacher-forced pass over the sampled tokens. logp: their sum; entropy: their mean, in nats."""
         tokens = trace["tokens"]
         hidden = self.hidden(self.check(images, instructions), *self.prompt(instructions), tokens[:, :-1])[0]
         states = hidden[:, -ACTION_DIM:]                                                     # (B, 7, D)
@@ -611,11 +612,12 @@ class OpenVLA(Policy):
         return logp, entropy, self.value_head(states[:, 0])[:, 0]
 
     def bc_loss(self, images, instructions, actions, pad=None):
-        """-mean log p of the 7 action tokens and </s>, softmax over the whole vocabulary; step 0 of each chunk."""
+        """-mean log p of the 7 action tokens and </s>, over the whole vocabulary; step 0 of chunks."""
         images = self.check(images, instructions, actions, pad)
         tokens = self.to_tokens(torch.as_tensor(actions)[:, 0])                              # (B, 7)
         hidden = self.hidden(images, *self.prompt(instructions), tokens)[0][:, -ACTION_DIM - 1:]
-        loss = F.cross_entropy(self.logits(hidden).transpose(1, 2), F.pad(tokens, (0, 1), value=self.eos), reduction="none")
+        targets = F.pad(tokens, (0, 1), value=self.eos)                                      # (B, 8)
+        loss = F.cross_entropy(self.logits(hidden).transpose(1, 2), targets, reduction="none")
         return self.masked_mean(loss.mean(1, keepdim=True), pad)
 
     def write_statistics(self, folder):
@@ -625,84 +627,92 @@ class OpenVLA(Policy):
         write_json(folder / "dataset_statistics.json", stats)
 
     def read_statistics(self, folder):
-        """dataset_statistics.json replaces the config's norm_stats, as officially; a key only found there still works."""
+        """dataset_statistics.json replaces the config's norm_stats, officially; but not for keys it lacks."""
         config, file = self.config.get("norm_stats") or {}, read_json(folder / "dataset_statistics.json", {})
         key = self.settings["unnorm_key"]
         table = file if file and (key in file or key not in config) else config
-        self.statistics = {name: {part.replace("proprio", "state"): parts[part] for part in ("action", "proprio")
-                                  if part in parts} for name, parts in table.items()}
+        parts = (("action", "action"), ("state", "proprio"))
+        self.statistics = {name: {ours: stats[theirs] for ours, theirs in parts if theirs in stats}
+                           for name, stats in table.items()}
 
-# ---- pi0.5: flow matching ------------------------------------------------------------------------------------------------
+# ---- pi0.5: flow matching ----------------------------------------------------------------------------------
 
 GEMMA = {"gemma_2b": dict(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256),
          "gemma_300m": dict(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)}
-SIGLIP = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304, image_size=224,
-              patch_size=14, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+SIGLIP = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304,
+              image_size=224, patch_size=14, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
 STEM = "paligemma_with_expert."
 
 class Pi05(Policy):
     """SigLIP and Gemma read images and prompt once; the action expert turns noise into a chunk of H actions.
 
     Time      t = 1 is noise, t = 0 the action chunk; v = noise - action, so that a step is x <- x - v / steps
-    Settings  sampler: "flow_noise" (learned noise at every step) | "flow_sde" (given noise at one random step);
-              steps; chunk K that is executed; horizon H (None: the checkpoint's); noise_level a of flow_sde; noise_std,
-              range of flow_noise; discrete_state: state as text in the prompt; delta_mask: action dims stored relative
-              to the state; style "openpi" | "lerobot" (resizing, epsilons); norm "quantile" | "mean_std"
-    Extras    state (B, n) float for the two settings that need it; camera_mask (B, N) bool, False = camera missing
+    Settings  sampler "flow_noise" (learned noise at every step) or "flow_sde" (given noise at a random one);
+              steps; chunk K, executed; horizon H (None: the checkpoint's); noise_level a of flow_sde;
+              noise_std, range of flow_noise; discrete_state: the state as text in the prompt; delta_mask:
+              dims relative to the state; style "openpi" or "lerobot" (resizing, epsilons); norm "quantile"
+              or "mean_std"
+    Extras    state (B, n), for the two settings that need it; camera_mask (B, N) bool, False: camera missing
     """
     SETTINGS = dict(unnorm_key=None, sampler="flow_noise", steps=4, chunk=4, horizon=None, noise_level=0.5,
                     noise_std=(0.08, 0.16), discrete_state=False, delta_mask=None, style=None, norm=None)
     vision, vlm = ("vision_tower.",), ("vision_tower.", "multi_modal_projector.", "language_model.")
-    image_ndims, feature_ndim, image_help = (4, 5), 4, "(B, H, W, 3) or (B, N, H, W, 3)"
-    tokenizer_home = "google/paligemma-3b-pt-224"
+    image_ndims, feature_ndim, home = (4, 5), 4, "google/paligemma-3b-pt-224"
 
     def __init__(self, config, **settings):
         from transformers import SiglipVisionConfig, SiglipVisionModel
         get = lambda ours, lerobots, default: config.get(ours, config.get(lerobots, default))
-        gemma = lambda part, variant, default: config.get(part) or GEMMA[config.get(variant, default).removesuffix("_lora")]
-        config = dict(config, type="pi05", action_dim=get("action_dim", "max_action_dim", 32),
-                      action_horizon=get("action_horizon", "chunk_size", 8), vocab_size=config.get("vocab_size", 257152),
-                      max_token_len=get("max_token_len", "tokenizer_max_length", 200),
-                      vision={key: config.get("vision", {}).get(key, value) for key, value in SIGLIP.items()},
-                      vlm=gemma("vlm", "paligemma_variant", "gemma_2b"),
-                      expert=gemma("expert", "action_expert_variant", "gemma_300m"))
+        gemma = lambda part, key, name: config.get(part) or GEMMA[config.get(key, name).removesuffix("_lora")]
+        vlm = gemma("vlm", "paligemma_variant", "gemma_2b")
+        expert = gemma("expert", "action_expert_variant", "gemma_300m")
+        vision = {key: config.get("vision", {}).get(key, value) for key, value in SIGLIP.items()}
+        config = dict(config, type="pi05", vision=vision, vlm=vlm, expert=expert,
+                      vocab_size=get("vocab_size", "", 257152),
+                      action_dim=get("action_dim", "max_action_dim", 32),
+                      action_horizon=get("action_horizon", "chunk_size", 8),
+                      max_token_len=get("max_token_len", "tokenizer_max_length", 200))
         super().__init__(config, settings)
-        s, vision, dim, width = self.settings, config["vision"], config["action_dim"], config["expert"]["width"]
+        s, width, dim = self.settings, expert["width"], config["action_dim"]
         self.horizon = s["horizon"] = s["horizon"] or config["action_horizon"]
-        if s["sampler"] not in ("flow_noise", "flow_sde") or not 1 <= s["chunk"] <= s["horizon"] or s["steps"] < 1:
-            raise ValueError(wrong("settings", s, "sampler flow_noise or flow_sde, 1 <= chunk <= horizon, steps >= 1",
-                                   "the defaults"))
+        known = s["sampler"] in ("flow_noise", "flow_sde")
+        expect(known and 0 < s["chunk"] <= self.horizon and s["steps"] > 0, "settings", s,
+               "sampler flow_noise or flow_sde, 0 < chunk <= horizon, steps > 0", "the defaults")
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**vision, vision_use_head=False))
-        self.multi_modal_projector = nn.ModuleDict(dict(linear=nn.Linear(vision["hidden_size"], config["vlm"]["width"])))
-        stack = dict(act=nn.GELU("tanh"), eps=config.get("rms_norm_eps", 1e-6), theta=config.get("rope_theta", 1e4), offset=1)
-        self.language_model = Decoder(**config["vlm"], vocab=config["vocab_size"], **stack)
-        self.gemma_expert = Decoder(**config["expert"], cond_dim=width, **stack)
+        projector = nn.Linear(vision["hidden_size"], vlm["width"])
+        self.multi_modal_projector = nn.ModuleDict(dict(linear=projector))
+        stack = dict(act=nn.GELU("tanh"), eps=config.get("rms_norm_eps", 1e-6), offset=1,
+                     theta=config.get("rope_theta", 1e4))
+        self.language_model = Decoder(**vlm, vocab=config["vocab_size"], **stack)
+        self.gemma_expert = Decoder(**expert, cond_dim=width, **stack)
         self.action_in_proj, self.action_out_proj = nn.Linear(dim, width), nn.Linear(width, dim)
         self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.value_head = Head((config["vlm"]["width"], 512, 256, 128, 1), nn.ReLU, last_bias=True)
+        self.value_head = Head((vlm["width"], 512, 256, 128, 1), nn.ReLU, last_bias=True)
         self.noise_head = Head((width, 128, 64, dim), nn.Tanh, last_bias=True)
         self.image_size, self.action_dim = vision["image_size"], dim
         self.feature_shape = ((vision["image_size"] // vision["patch_size"]) ** 2, vision["hidden_size"])
 
     def official_key(self, name):
-        name = name.replace("vision_tower.", "vision_tower.vision_model.").replace("gemma_expert.", "gemma_expert.model.")
+        name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        name = name.replace("gemma_expert.", "gemma_expert.model.")
         return name if name.startswith(("action_", "time_")) else STEM + (
             name if name.startswith("gemma_expert.") else "paligemma.model." + name)
 
     def internal_key(self, name):
         name = re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name)       # wrappers of training frameworks
         name = re.sub(r"^(module\.|model\.)*(paligemma_with_expert\.)?(paligemma\.)?(model\.)?", "", name)
-        return name.replace("vision_tower.vision_model.", "vision_tower.").replace("gemma_expert.model.", "gemma_expert.")
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+        return name.replace("gemma_expert.model.", "gemma_expert.")
 
     def official_tensors(self):
-        """openpi's files hold the tied embedding as lm_head, and an lm_head of the expert that nothing ever reads."""
+        """openpi's files hold the tied embedding as lm_head, and a second lm_head that nothing reads."""
         tensors = super().official_tensors()
         embedding = tensors.pop(STEM + "paligemma.model.language_model.embed_tokens.weight")
         unused = embedding.new_zeros(len(embedding), self.action_in_proj.out_features, dtype=torch.bfloat16)
-        return {**tensors, STEM + "paligemma.lm_head.weight": embedding, STEM + "gemma_expert.lm_head.weight": unused}
+        return {**tensors, STEM + "paligemma.lm_head.weight": embedding,
+                STEM + "gemma_expert.lm_head.weight": unused}
 
     def affine(self, part):
-        """offset, scale, base: normalised = (x - offset) / scale + base in float64; quantiles to [-1, 1], or z-scores."""
+        """offset, scale, base: normalised = (x - offset) / scale + base; quantiles to [-1, 1], or z-score."""
         stats = {key: torch.tensor(value, dtype=torch.float64, device=self.device)
                  for key, value in self.stats[part].items() if key in ("q01", "q99", "mean", "std")}
         lerobot = self.settings["style"] == "lerobot"
@@ -712,7 +722,7 @@ class Pi05(Policy):
         return stats["q01"], (torch.where(spread == 0, 1e-8, spread) if lerobot else spread + 1e-6) / 2, -1
 
     def reference(self, state):
-        """What stored actions are relative to, (B, 1, 7) or 0: the same current state for every step of the chunk."""
+        """What stored actions are relative to, (B, 1, 7) or 0: one state for all steps of the chunk."""
         if self.settings["delta_mask"] is None:
             return 0
         mask = torch.as_tensor(self.settings["delta_mask"], device=self.device)
@@ -726,17 +736,18 @@ class Pi05(Policy):
     def normalize(self, actions, state=None):
         """(B, H, 7) physical actions -> (B, H, A) model units; zero-padded, and nothing is clipped."""
         offset, scale, base = self.affine("action")
-        x = (torch.as_tensor(actions, device=self.device).double() - self.reference(state) - offset) / scale + base
+        actions = torch.as_tensor(actions, device=self.device).double() - self.reference(state)
+        x = (actions - offset) / scale + base
         return F.pad(x, (0, self.action_dim - x.shape[-1])).float()
 
     def state_bins(self, state):
-        """(B, n) physical state -> 256 bins of [-1, 1]; above: 255, below: -1, as the official prompt prints them."""
+        """(B, n) physical state -> 256 bins of [-1, 1]; above: 255, below: -1, as officially printed."""
         offset, scale, base = self.affine("state")
         x = (torch.as_tensor(state, device=self.device).double()[:, :len(scale)] - offset) / scale + base
         return np.digitize(x.cpu().numpy(), np.linspace(-1, 1, 257)[:-1]) - 1
 
     def encode_images(self, images, camera_mask=None):
-        """(B, [N,] H, W, 3) uint8 -> features (B, N, T, D) float32. A camera that no sample has costs nothing."""
+        """(B, [N,] H, W, 3) uint8 -> features (B, N, T, D) float32. Cameras that nobody has cost nothing."""
         images = self.check(images)
         images = images if images.ndim == 5 else images[:, None]                             # (B, N, H, W, 3)
         present = images.new_ones(images.shape[1]).bool() if camera_mask is None else camera_mask.any(0)
@@ -746,7 +757,8 @@ class Pi05(Policy):
         else:
             x = torch.from_numpy(resize_with_pad(flat.cpu().numpy(), self.image_size, self.settings["style"]))
         with self.autocast():
-            x = recompute(self.checkpointing, self.vision_tower, x.to(self.device).permute(0, 3, 1, 2)).last_hidden_state
+            x = x.to(self.device).permute(0, 3, 1, 2)
+            x = recompute(self.checkpointing, self.vision_tower, x).last_hidden_state
         features = x.new_zeros(*images.shape[:2], *x.shape[1:], dtype=torch.float32)
         features[:, present] = x.float().unflatten(0, (len(images), -1))
         return features
@@ -755,7 +767,7 @@ class Pi05(Policy):
         """-> ids, mask (B, L), right-padded to the longest prompt of the batch. BOS (2) first, no EOS."""
         texts, rows = [text.strip().replace("_", " ").replace("\n", " ") for text in instructions], []
         bins = self.state_bins(state) if self.settings["discrete_state"] else [None] * len(texts)
-        for text, row in zip(texts, bins):                       # stateless: two calls, so the newline never merges
+        for text, row in zip(texts, bins):                 # stateless: two calls, so the newline never merges
             rows.append([2] + (self.encode(text) + self.encode("\n") if row is None else
                                self.encode(f"Task: {text}, State: {' '.join(map(str, row))};\nAction: ")))
         rows = [torch.tensor(row[:self.config["max_token_len"]], device=self.device) for row in rows]
@@ -765,14 +777,14 @@ class Pi05(Policy):
     def prefix(self, features, camera_mask, ids, mask):
         """VLM pass -> hidden (B, P, D), keys/values of each layer, valid (B, P); P = present cameras x T + L.
 
-        Every token sees every valid one, none sees the actions: one pass serves all denoising steps, in training too.
+        Every token sees every valid one, none sees the actions: one pass serves all steps, in training too.
         Padding and missing cameras take no position.
         """
         camera_mask = mask.new_ones(features.shape[:2]) if camera_mask is None else camera_mask
         present = camera_mask.any(0)
         with self.autocast():
             image = self.multi_modal_projector["linear"](features[:, present])               # (B, N', T, D)
-            text = self.language_model.embed_tokens(ids) * image.shape[-1] ** 0.5            # only text is scaled
+            text = self.language_model.embed_tokens(ids) * image.shape[-1] ** 0.5        # only text is scaled
             x = torch.cat([image.flatten(1, 2).to(text.dtype), text], 1)                     # (B, P, D)
             valid = torch.cat([camera_mask[:, present].repeat_interleave(image.shape[2], 1), mask], 1)
             hidden, kv = self.language_model(x, valid.cumsum(1) - 1, valid[:, None, None])
@@ -781,8 +793,8 @@ class Pi05(Policy):
     def observe(self, images, instructions, state, camera_mask, actions=None, pad=None):
         images = self.check(images, instructions, actions, pad)
         if self.settings["discrete_state"] or self.settings["delta_mask"] is not None:
-            if state is None or len(state) != len(images) or not torch.as_tensor(state).isfinite().all():
-                raise ValueError(wrong("state", state, f"({len(images)}, n), finite", "state=obs['state']"))
+            fine = state is not None and len(state) == len(images) and torch.as_tensor(state).isfinite().all()
+            expect(fine, "state", state, f"({len(images)}, n), finite", "state=obs['state']")
         if camera_mask is not None:
             camera_mask = torch.as_tensor(camera_mask, device=self.device).bool()
         features = images if images.is_floating_point() else self.encode_images(images, camera_mask)
@@ -797,7 +809,7 @@ class Pi05(Policy):
         return self.pooled(hidden, valid)
 
     def time_embedding(self, t):
-        """t (B, S) -> (B, S, W): sines, then cosines, of 2 pi t / p_i, p_i from 4e-3 to 4; the angles in float64."""
+        """t (B, S) -> (B, S, W): sines, then cosines, of 2 pi t / p, p from 4e-3 to 4; angles in float64."""
         half = self.time_mlp_in.in_features // 2
         period = 4e-3 * 1000 ** (torch.arange(half, dtype=torch.float64, device=self.device) / (half - 1))
         angle = 2 * math.pi * t[..., None].double() / period
@@ -806,15 +818,15 @@ class Pi05(Policy):
             return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
 
     def velocity(self, x, t, kv, valid):
-        """v(x_t, t) of S chunks for each observation: x (B, S, H, A), t (B, S) -> v (B, S, H, A), h (B, S, H, W).
+        """v(x_t, t) of S chunks per observation: x (B, S, H, A), t (B, S) -> v (B, S, H, A), h (B, S, H, W).
 
-        A chunk sees the valid prefix and itself, never another chunk. Sampling has S = 1; the log-prob of a chain
-        has S = its noisy steps, in one pass instead of a loop.
+        A chunk sees the valid prefix and itself, no other chunk. Sampling: S = 1; the log-prob of a chain:
+        S = its noisy steps, in one pass instead of a loop.
         """
         (batch, chunks, horizon), device = x.shape[:3], x.device
         block = torch.arange(chunks, device=device).repeat_interleave(horizon)
         own = (block[:, None] == block).expand(batch, -1, -1)                                # (B, S H, S H)
-        mask = torch.cat([valid[:, None].expand(-1, len(block), -1), own], -1)[:, None]      # (B, 1, S H, P + S H)
+        mask = torch.cat([valid[:, None].expand(-1, len(block), -1), own], -1)[:, None]      # (B, 1, S H, ..)
         positions = valid.sum(1, keepdim=True) + torch.arange(horizon, device=device).repeat(chunks)
         cond = self.time_embedding(t)[:, :, None]                                            # (B, S, 1, W)
         with float32(x):
@@ -825,11 +837,11 @@ class Pi05(Policy):
             return self.action_out_proj(hidden), hidden
 
     def transition(self, x, v, h, step):
-        """Gaussian of the next state at noisy steps (B, S): x' ~ N(mean, std), with d = 1/steps and t = 1 - step d.
+        """Next state at noisy steps (B, S): x' ~ N(mean, std), with d = 1/steps and t = 1 - step d.
 
-        mean = (1 - (t-d)) x_data + w x_noise,   x_data = x - t v,  x_noise = x + (1-t) v         (w = t-d: the ODE)
+        mean = (1 - (t-d)) x_data + w x_noise,   x_data = x - t v,  x_noise = x + (1-t) v     (ODE: w = t-d)
         flow_noise  w = t - d                    std = s(h), log-variance squashed into noise_std
-        flow_sde    w = t - d - sigma^2 d/(2t)   std = sigma sqrt(d), sigma = a sqrt(t/(1-t)), at t = 1 over 1 - t_1
+        flow_sde    w = t - d - sigma^2 d/(2t)   std = sigma sqrt(d), sigma = a sqrt(t/(1-t)), 1-t >= d
         """
         d = 1 / self.settings["steps"]
         t, step = (1 - step * d)[..., None, None].float(), step[..., None, None]             # (B, S, 1, 1)
@@ -843,8 +855,8 @@ class Pi05(Policy):
         return (1 - (t - d)) * (x - t * v) + weight * (x + (1 - t) * v), std
 
     def chain_logp(self, x, x_next, mean, std):
-        """(B,): each factor summed over the executed steps and 7 dims. flow_noise: the mean of the steps + 1 factors
-        N(x^0; 0, 1), N(x^{i+1}; mean_i, std_i), the first of which cancels in a ratio; flow_sde: its one noisy step."""
+        """(B,): every factor summed over executed steps and 7 dims. flow_noise: mean of the steps + 1 factors
+        N(x^0; 0, 1), N(x^{i+1}; mean_i, std_i), the first cancels in a ratio; flow_sde: the noisy step."""
         executed = (..., slice(self.settings["chunk"]), slice(ACTION_DIM))
         steps = (-0.5 * ((x_next - mean) / std) ** 2 - std.log() - 0.5 * LN2PI)[executed].sum((1, 2, 3))
         if self.settings["sampler"] == "flow_sde":
@@ -853,12 +865,12 @@ class Pi05(Policy):
 
     @torch.no_grad()
     def act(self, images, instructions, deterministic=False, generator=None, state=None, camera_mask=None):
-        """Denoise a chunk; deterministic: the plain ODE, still from random noise. Executes the first K of H."""
+        """Denoise a chunk; deterministic: the plain ODE, still from random noise. Executes K of H steps."""
         hidden, kv, valid = self.observe(images, instructions, state, camera_mask)
         total, shape = self.settings["steps"], (len(valid), 1, self.horizon, self.action_dim)
         draw = lambda: torch.randn(shape, generator=generator, device=self.device)
         noisy, x, chain = set(range(total)), draw(), []
-        if self.settings["sampler"] == "flow_sde":               # one random step, the same for the whole batch
+        if self.settings["sampler"] == "flow_sde":             # one random step, the same for the whole batch
             noisy = {torch.randint(total, (), generator=generator, device=self.device).item()}
         for i in range(total):
             step = torch.full((len(valid), 1), i, device=self.device)
@@ -872,16 +884,16 @@ class Pi05(Policy):
         rows = chain or [(x, x, step, x, x)]
         x_from, x_to, steps, mean, std = (torch.cat(part, 1) for part in zip(*rows))
         logp = self.chain_logp(x_from, x_to, mean, std) if chain else x.new_zeros(len(x))
-        trace = {key: part[:, :len(chain)] for key, part in (("x", x_from), ("x_next", x_to), ("step", steps))}
+        trace = dict(x=x_from[:, :len(chain)], x_next=x_to[:, :len(chain)], step=steps[:, :len(chain)])
         actions = self.unnormalize(x[:, 0], state)[:, :self.settings["chunk"]]
         return Decision(actions, logp, self.value_head(self.pooled(hidden, valid))[:, 0], trace)
 
     def evaluate(self, images, instructions, trace, state=None, camera_mask=None):
-        """log-prob of the stored chain under the current weights; entropy of flow_noise: the mean over steps + 1 factors,
-        executed steps and 7 dims, in nats (0 for flow_sde: fixed noise); both 0 for a deterministic chunk."""
+        """log-prob of the stored chain under the current weights; entropy of flow_noise: mean over steps + 1
+        factors, executed steps and 7 dims, in nats (flow_sde: 0, its noise is given); ODE chunks: both 0."""
         hidden, kv, valid = self.observe(images, instructions, state, camera_mask)
         value = self.value_head(self.pooled(hidden, valid))[:, 0]
-        x, step, zero = trace["x"], trace["step"], torch.zeros_like(value)                   # (B, S, H, A), (B, S)
+        x, step, zero = trace["x"], trace["step"], torch.zeros_like(value)              # (B, S, H, A), (B, S)
         if not x.shape[1]:
             return zero, zero, value
         v, h = self.velocity(x, 1 - step / self.settings["steps"], kv, valid)
@@ -893,12 +905,12 @@ class Pi05(Policy):
         return logp, 0.5 * (LN2PI + 1) + log_std / (x.shape[1] + 1), value
 
     def flow_loss(self, kv, valid, actions, noise, t):
-        """(v(x_t, t) - u)^2 per element, (B, H, A), with x_t = t noise + (1-t) actions and u = noise - actions."""
+        """(v(x_t, t) - u)^2 per element (B, H, A), x_t = t noise + (1-t) actions, u = noise - actions."""
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
         return (self.velocity(x_t[:, None], t[:, None], kv, valid)[0][:, 0] - (noise - actions)) ** 2
 
     def bc_loss(self, images, instructions, actions, pad=None, generator=None, state=None, camera_mask=None):
-        """Flow matching, t ~ 0.001 + 0.999 Beta(1.5, 1): mean over the 7 real dims of the steps that are not padding."""
+        """Flow matching, t ~ 0.001 + 0.999 Beta(1.5, 1): mean over the 7 real dims of unpadded steps."""
         _, kv, valid = self.observe(images, instructions, state, camera_mask, actions, pad)
         actions = self.normalize(actions, state)[:, :self.horizon]                           # (B, H, A)
         noise = torch.randn(actions.shape, generator=generator, device=self.device)
@@ -909,13 +921,15 @@ class Pi05(Policy):
         write_json(folder / "config.json", self.config)
         for name, stats in self.statistics.items():              # openpi calls the actions "actions"
             write_json(folder / "assets" / name / "norm_stats.json",
-                       {"norm_stats": {part.replace("action", "actions"): block for part, block in stats.items()}})
+                       {"norm_stats": {part.replace("action", "actions"): x for part, x in stats.items()}})
 
     def read_statistics(self, folder):
         """openpi, RLinf: <any folder>/norm_stats.json. LeRobot: normaliser files beside its processors."""
-        flat = {key: value.tolist() for file in sorted(folder.glob("policy_p*normalizer_processor.safetensors"))
+        files = sorted(folder.glob("policy_p*normalizer_processor.safetensors"))
+        flat = {key: value.tolist() for file in files
                 for key, value in read_safetensors(file).items()}
-        pick = lambda feature: {key.rsplit(".", 1)[1]: value for key, value in flat.items() if key.startswith(feature + ".")}
+        pick = lambda feature: {key.rsplit(".", 1)[1]: value for key, value in flat.items()
+                                if key.startswith(feature + ".")}
         if flat:
             self.statistics = {"lerobot": {"action": pick("action"), "state": pick("observation.state")}}
         for file in sorted(folder.rglob("norm_stats.json")):
@@ -923,12 +937,13 @@ class Pi05(Policy):
             self.statistics[name] = {part.replace("actions", "action"): block for part, block in
                                      read_json(file)["norm_stats"].items()}
         mode = self.config.get("normalization_mapping", {}).get("ACTION", "QUANTILES")
-        if mode not in ("QUANTILES", "MEAN_STD"):
-            raise ValueError(wrong("normalization_mapping", mode, "QUANTILES or MEAN_STD", "another checkpoint"))
-        self.settings["style"] = self.settings["style"] or ("lerobot" if "chunk_size" in self.config else "openpi")
-        self.settings["norm"] = self.settings["norm"] or {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}[mode]
+        modes = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}
+        expect(mode in modes, "normalization_mapping", mode, f"one of {list(modes)}", "another checkpoint")
+        style = "lerobot" if "chunk_size" in self.config else "openpi"
+        self.settings["style"] = self.settings["style"] or style
+        self.settings["norm"] = self.settings["norm"] or modes[mode]
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 def read_json(path, default=None):
     return default if default is not None and not path.exists() else json.loads(path.read_text())
@@ -937,106 +952,104 @@ def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1))
 
+def listing(folder):
+    return sorted(file.name for file in folder.iterdir())[:8]
+
 def read_safetensors(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(wrong(path, error, "a complete safetensors file", "downloading it again")) from error
+        expect(False, path, error, "a complete safetensors file", "downloading it again")
 
 def read_tensors(folder):
-    """All tensors of a folder: the shards of an index, else every weight file, else RLinf's full_weights.pt."""
+    """All tensors of a folder: shards of an index, else all weight files, else RLinf's full_weights.pt."""
     files = {folder / shard for index in folder.glob("*.safetensors.index.json")
              for shard in read_json(index)["weight_map"].values()}
-    files = files or {file for file in folder.glob("*.safetensors") if not file.name.startswith(("policy_", "heads"))}
-    dumps = [file for file in folder.rglob("full_weights.pt") if file.parent.name == "model_state_dict"]
-    if not files and not dumps:
-        raise ValueError(wrong(folder, sorted(file.name for file in folder.iterdir())[:8], "*.safetensors", "the full download"))
-    return {key: tensor for file in sorted(files) for key, tensor in read_safetensors(file).items()} or torch.load(
-        dumps[0], map_location="cpu", weights_only=True)
+    others = ("policy_", "heads", "adapter")
+    files = files or {f for f in folder.glob("*.safetensors") if not f.name.startswith(others)}
+    dumps = [f for f in folder.rglob("full_weights.pt") if f.parent.name == "model_state_dict"]
+    expect(files or dumps, folder, listing(folder), "*.safetensors", "the complete download")
+    if not files:
+        return torch.load(dumps[0], map_location="cpu", weights_only=True)
+    return {key: tensor for file in sorted(files) for key, tensor in read_safetensors(file).items()}
 
 def load_tensors(policy, tensors, folder):
-    """Strict, after mapping names: one error lists every missing, unexpected and misshapen tensor. Weights: float32."""
+    """Strict, after mapping names: one error lists all missing, unexpected and misshapen tensors."""
     tensors = {policy.internal_key(key): value for key, value in tensors.items()}
-    if isinstance(policy, Pi05):         # if both are there, embed_tokens is the live one, and lm_head a decoy
-        tensors.setdefault("language_model.embed_tokens.weight", tensors.pop("lm_head.weight", None))
-    extra = (*HEADS, "proprio_projector.", "action_head.", "gemma_expert.lm_head.")          # RL fine-tunes bring those
-    tensors = {key: value for key, value in tensors.items() if not key.startswith(extra) and value is not None}
+    if isinstance(policy, Pi05):         # if both are there, embed_tokens is live and lm_head a decoy
+        tied = tensors.pop("lm_head.weight", torch.empty(0))
+        tensors.setdefault("language_model.embed_tokens.weight", tied)
+    extra = (*HEADS, "proprio_projector.", "action_head.", "gemma_expert.lm_head.")  # RL fine-tunes have them
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(extra)}
     own = {key: value for key, value in policy.state_dict().items() if not key.startswith(HEADS)}
-    bad = [f"missing {key}" for key in own if key not in tensors] + [f"unexpected {key}" for key in tensors if key not in own]
-    bad += [f"misshapen {key}: {tuple(tensors[key].shape)}, not {tuple(value.shape)}" for key, value in own.items()
-            if key in tensors and tensors[key].shape != value.shape]
-    if bad:
-        raise ValueError(wrong(f"weights of {folder}", "\n  ".join([f"{len(bad)} problems", *bad]) + "\n",
-                               "the tensors that config.json describes", "the config.json they were saved with"))
+    bad = [f"missing {key}" for key in own if key not in tensors]
+    bad += [f"unexpected {key}" for key in tensors if key not in own]
+    bad += [f"misshapen {key}: {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}" for key in own
+            if key in tensors and tensors[key].shape != own[key].shape]
+    expect(not bad, f"weights of {folder}", "\n  ".join([f"{len(bad)} problems", *bad]) + "\n",
+           "the tensors that config.json describes", "the config.json they were saved with")
     policy.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False, assign=True)
 
 @torch.no_grad()
-def init_weights(policy, seed, heads_only=False):
-    """N(0, 1/fan_in) matrices, zero biases, unit norms; output layers N(0, 0.02), so that losses start at their theoretical
-    value; adaRMS zero (the expert starts as the identity). Value head: Kaiming fan-out, then N(0, 0.02)."""
-    generator = torch.Generator().manual_seed(seed)
-    gemma, tiny_std = isinstance(policy, Pi05), ("lm_head.weight", "action_out_proj.weight", "_embed", "_token", "latent")
-    for name, module in policy.named_modules():
-        for key, p in module.named_parameters(name, recurse=False):
-            if heads_only and not key.startswith(HEADS):
-                continue
-            p = nn.Parameter(torch.zeros(p.shape))
-            module.register_parameter(key.split(".")[-1], p)
-            if p.ndim == 1 and not key.endswith("bias"):
-                p.fill_(0 if gemma and key.startswith("language_model") else 1)              # Gemma stores w - 1
-            elif p.ndim > 1 and ".dense." not in key:
-                last = key.startswith(HEADS) and module is policy.get_submodule(key.split(".")[0])[-1]
-                std = 0.02 if last or key.endswith(tiny_std) else (p[0].numel() ** -0.5 if not key.startswith(HEADS) else
-                                                                   (2 / len(p)) ** 0.5)
-                nn.init.normal_(p, std=std, generator=generator)
+def init_weights(policy, seed, only=""):
+    """Real tensors for the meta ones whose name starts with `only`: N(0, 1/fan_in) matrices, zero biases,
+    unit norms; adaRMS zero (the expert starts as the identity); output layers N(0, 0.02), so that losses
+    start where theory says; hidden layers of the heads Kaiming fan-out."""
+    generator, gemma = torch.Generator().manual_seed(seed), isinstance(policy, Pi05)
+    last = [f"{head}{len(getattr(policy, head[:-1])) - 1}.weight" for head in HEADS[:1 + gemma]]
+    small = (*last, "lm_head.weight", "action_out_proj.weight", "pos_embed", "_token", "latent")
+    for key, p in [(key, p) for key, p in policy.named_parameters() if key.startswith(only)]:
+        module, name = key.rpartition(".")[::2]
+        p = nn.Parameter(torch.zeros(p.shape))
+        if p.ndim > 1 and ".dense." not in key:
+            fan = len(p) / 2 if key.startswith(HEADS) else p[0].numel()
+            nn.init.normal_(p, std=0.02 if key.endswith(small) else fan ** -0.5, generator=generator)
+        elif name != "bias" and not (gemma and key.startswith("language_model")) and ".dense." not in key:
+            p.fill_(1.0)                 # norms; but Gemma stores w - 1
+        setattr(policy.get_submodule(module), name, p)
     if gemma:                            # transformers keeps SigLIP's position ids outside the state dict
         table = policy.vision_tower.embeddings
         table.position_ids = torch.arange(table.position_embedding.num_embeddings)[None]
 
 def find_folder(name):
     """Bundled name, folder or hub id -> folder."""
-    if name in BUNDLED and not BUNDLED[name].is_dir():
-        raise ValueError(wrong(f"policy {name!r}", f"no folder {BUNDLED[name]}", "the bundled checkpoint",
-                               f"make_tiny({name!r}).save({str(BUNDLED[name])!r}), and train it"))
-    folder = BUNDLED.get(name, Path(name))
+    folder, what = BUNDLED.get(name, Path(name)), f"policy {name!r}"
+    known = f"one of {list(BUNDLED)}, a folder, or a hub id like openvla/openvla-7b"
+    expect(name not in BUNDLED or folder.is_dir(), what, f"no folder {folder}", "the bundled checkpoint",
+           f"make_tiny({name!r}).save({str(folder)!r}), and train it")
     if folder.is_dir():
         return folder
-    known = f"one of {list(BUNDLED)}, a folder, or a hub id such as openvla/openvla-7b"
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        raise ValueError(wrong(f"policy {name!r}", "nothing of that name", known, "the spelling"))
+    expect(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)), what, "nothing of that name", known, "the spelling")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack"]))
-    except Exception as error:           # no such repository, no network, no permission: the hub's words say which
-        raise ValueError(wrong(f"policy {name!r}", f"no such folder, and from the hub: {error}", known, "a local copy")) from error
+    except Exception as error:           # no repository, network or permission: the hub's words say which
+        expect(False, what, f"no such folder, and from the hub: {error}", known, "a local copy")
 
 def build(config, **settings):
     """A policy on the meta device: shapes only."""
-    kind = {"openvla": OpenVLA, "pi05": Pi05}.get(config.get("model_type") or config.get("type") or (
-        "pi05" if "action_horizon" in config else None))
-    if kind is None:
-        raise ValueError(wrong("config.json", {key: config.get(key) for key in ("model_type", "type")},
-                               "model_type openvla or type pi05", "an OpenVLA or pi0.5 checkpoint"))
+    name = config.get("model_type") or config.get("type") or ("pi05" if "action_horizon" in config else None)
+    expect(name in BUNDLED, "config.json", f"model_type or type {name}", "openvla or pi05", "another folder")
     with torch.device("meta"):
-        return kind(config, **settings)
+        return (OpenVLA if name == "openvla" else Pi05)(config, **settings)
 
 def check_device(device, dtype):
     device, bf16 = torch.device(device), {"cuda": torch.cuda.is_bf16_supported, "cpu": lambda: True}
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(wrong("device", device, "a GPU that torch can see", "device='cpu'"))
-    if dtype not in ("float32", "bfloat16") or dtype == "bfloat16" and not bf16.get(device.type, lambda: False)():
-        raise ValueError(wrong("dtype", f"{dtype} on {device}", "float32, or bfloat16 where the device has it", "float32"))
+    expect(device.type != "cuda" or torch.cuda.is_available(), "device", device, "a visible GPU", "'cpu'")
+    fine = dtype == "float32" or dtype == "bfloat16" and bf16.get(device.type, lambda: False)()
+    expect(fine, "dtype", f"{dtype} on {device}", "float32, or bfloat16 where the device has it", "'float32'")
     return device
 
-def load_policy(name, device="cpu", dtype="float32", *, adapter=None, merge=False, lora_rank=0, lora_alpha=None,
-                lora_targets=LORA_TARGETS, freeze="none", gradient_checkpointing=False, tokenizer=None, seed=0, **settings):
+def load_policy(name, device="cpu", dtype="float32", *, adapter=None, merge=False, lora_rank=0,
+                lora_alpha=None, lora_targets=LORA_TARGETS, freeze="none", gradient_checkpointing=False,
+                tokenizer=None, seed=0, **settings):
     """A policy from a bundled name, a folder or a hub id. Raises ValueError: what, got, need, try.
 
     dtype      "float32", or "bfloat16": autocast over float32 weights
-    adapter    PEFT folder to put on top (a `name` that is one itself brings its base model along); kept apart and
-               trainable with the base frozen, or folded into the weights with merge=True
+    adapter    PEFT folder to put on top (a `name` that is one itself brings its base model along); kept apart
+               and trainable with the base frozen, or folded into the weights with merge=True
     lora_rank  > 0: fresh adapters (add_lora with lora_alpha, lora_targets); the base is frozen
-    freeze     "none" | "vision" (features may then be cached) | "vlm" (only pi0.5's action expert and the heads train)
+    freeze     "none" | "vision" (features may then be cached) | "vlm" (only expert and heads of pi0.5 train)
     tokenizer  path of a tokenizer.json, for checkpoints that come without one
     settings   see OpenVLA and Pi05; the values saved with the policy are the defaults
     """
@@ -1044,16 +1057,16 @@ def load_policy(name, device="cpu", dtype="float32", *, adapter=None, merge=Fals
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
         adapter, folder = folder, find_folder(folder / base if (folder / base).is_dir() else base)
-    if not (folder / "config.json").exists():
-        raise ValueError(wrong(folder, sorted(file.name for file in folder.iterdir())[:8], "a config.json", "its parent folder"))
+    expect((folder / "config.json").exists(), folder, listing(folder), "a config.json", "its own folder")
     saved, tokenizer = read_json(folder / "policy.json", {}), Path(tokenizer or folder / "tokenizer.json")
     policy = build(read_json(folder / "config.json"), **{**saved.get("settings", {}), **settings})
     load_tensors(policy, read_tensors(folder), folder)
-    init_weights(policy, seed, heads_only=True)
+    init_weights(policy, seed, only=HEADS)
     if saved:
         policy.load_state_dict(read_safetensors(folder / "heads.safetensors"), strict=False)
     policy.read_statistics(folder)
-    policy.tokenizer, policy.source = Tokenizer.from_file(str(tokenizer)) if tokenizer.exists() else None, folder
+    policy.source, policy.bf16 = folder, dtype == "bfloat16"
+    policy.tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.exists() else None
     if adapter or saved.get("lora"):
         load_lora(policy, find_folder(adapter) if adapter else folder / "lora")
     if merge:
@@ -1063,102 +1076,109 @@ def load_policy(name, device="cpu", dtype="float32", *, adapter=None, merge=Fals
     set_trainable(policy, freeze)
     for module in policy.modules():
         module.checkpointing = gradient_checkpointing
-    policy.bf16 = dtype == "bfloat16"
     return policy.to(device).eval()      # there is no dropout anywhere; eval() says so
 
 def set_trainable(policy, freeze):
-    """Adapters, if any, else everything; the heads always; minus what `freeze` names."""
+    """Adapters, if any, else everything; minus what `freeze` names; the heads always."""
     frozen = {"none": (), "vision": policy.vision, "vlm": policy.vlm}.get(freeze)
-    if frozen is None:
-        raise ValueError(wrong("freeze", repr(freeze), "none, vision or vlm", "freeze='vision'"))
+    expect(frozen is not None, "freeze", repr(freeze), "none, vision or vlm", "freeze='vision'")
     adapted = bool(lora_modules(policy))
     for name, p in policy.named_parameters():
-        p.requires_grad_(name.startswith(HEADS) or (".lora_" in name or not adapted) and not name.startswith(frozen))
+        chosen = (".lora_" in name or not adapted) and not name.startswith(frozen)
+        p.requires_grad_(chosen or name.startswith(HEADS))
 
-# ---- tiny policies -----------------------------------------------------------------------------------------------------------
+# ---- tiny policies -----------------------------------------------------------------------------------------
 
-WORDS = """pick up the object on table and place it into white tray put plate bowl push cube to open close drawer red green
-blue yellow orange purple pink brown black gray a of in from left right top bottom middle block can banana carrot bottle
-cup box ball spoon mug sponge apple lemon pepper bread toy next goal target move grasp lift""".split()
+WORDS = """pick up the object on table and place it into white tray put plate bowl push cube to open close
+drawer red green blue yellow orange purple pink brown black gray a of in from left right top
+bottom middle block can banana carrot bottle cup box ball spoon mug sponge apple lemon pepper
+bread toy goal target move""".split()
 TINY = dict(
-    openvla=dict(model_type="openvla", architectures=["OpenVLAForActionPrediction"], image_resize_strategy="resize-naive",
-                 arch_specifier="no-align+fused-gelu-mlp", vision_backbone_id="dinosiglip-vit-so-224px",
-                 llm_backbone_id="llama2-7b-pure", use_fused_vision_backbone=True, n_action_bins=256, pad_to_multiple_of=64,
-                 image_sizes=[64, 64], timm_model_ids=list(TIMM), timm_override_act_layers=[None, None], tiny_timm_kwargs=dict(
-                     featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16, reg_tokens=1),
-                     fused_featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16)),
-                 text_config=dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                                  num_attention_heads=4)),
-    pi05=dict(type="pi05", action_dim=8, action_horizon=8, max_token_len=200,
-              vision=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, image_size=64,
-                          patch_size=16),
-              vlm=dict(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
-              expert=dict(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32)))
+    openvla=dict(
+        model_type="openvla", architectures=["OpenVLAForActionPrediction"], n_action_bins=256,
+        image_resize_strategy="resize-naive", arch_specifier="no-align+fused-gelu-mlp", pad_to_multiple_of=64,
+        vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
+        use_fused_vision_backbone=True, image_sizes=[64, 64], timm_model_ids=list(TIMM),
+        timm_override_act_layers=[None, None],
+        tiny_timm_kwargs=dict(
+            featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16, reg_tokens=1),
+            fused_featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16)),
+        text_config=dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=4)),
+    pi05=dict(
+        type="pi05", action_dim=8, action_horizon=8, max_token_len=200,
+        vision=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+                    image_size=64, patch_size=16),
+        vlm=dict(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+        expert=dict(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32)))
 
 def tiny_tokenizer(name):
-    """The official structure, small: special pieces first, "▁" for a space, the fixed words of the prompt as one piece,
-    common words, single characters for all others; OpenVLA's last 256 pieces are the actions."""
+    """The official structure, small: special pieces first, "▁" for a space, the fixed part of a prompt as one
+    piece, common words, single characters for all others; OpenVLA's last 256 pieces are the actions."""
     llama = name == "openvla"
     special = ["<unk>", "<s>", "</s>"] if llama else ["<pad>", "<eos>", "<bos>", "<unk>"]
-    pieces = ["▁", "▁In:▁What▁action▁should▁the▁robot▁take▁to", "?\nOut:", "\n", "Task:▁", ",▁State:▁", ";\nAction:▁"]
+    pieces = ["▁", "▁In:▁What▁action▁should▁the▁robot▁take▁to", "?\nOut:"]
+    pieces += ["\n", "Task:▁", ",▁State:▁", ";\nAction:▁"]
     pieces += ["▁" + word for word in WORDS] + WORDS + [chr(i) for i in range(33, 127)]
     pieces = special + list(dict.fromkeys(pieces)) + [chr(0xE000 + i) for i in range(256)] * llama
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], special.index("<unk>"), False))
-    front = [normalizers.Prepend("▁")] * llama                   # Llama writes a space in front of the text, Gemma none
+    front = [normalizers.Prepend("▁")] * llama                   # Llama starts with a space, Gemma does not
     tokenizer.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
     return tokenizer
 
 def make_tiny(name, seed=0, **settings):
-    """A small policy with random weights and placeholder statistics, of the very classes that run the real ones."""
-    if name not in TINY:
-        raise ValueError(wrong("make_tiny", repr(name), f"one of {list(TINY)}", "make_tiny('openvla')"))
+    """A small policy with random weights and placeholder statistics, of the same classes as the real ones."""
+    expect(name in TINY, "make_tiny", repr(name), f"one of {list(TINY)}", "make_tiny('openvla')")
     config, tokenizer = json.loads(json.dumps(TINY[name])), tiny_tokenizer(name)
-    text, pad = config.get("text_config", config), config.get("pad_to_multiple_of", 0)
-    text["vocab_size"] = tokenizer.get_vocab_size() + pad
+    text = config.get("text_config", config)
+    text["vocab_size"] = tokenizer.get_vocab_size() + config.get("pad_to_multiple_of", 0)
     policy = build(config, **settings)
     init_weights(policy, seed)
     policy.tokenizer, policy.source = tokenizer, f"make_tiny({name!r})"
     policy.read_statistics(Path("no folder"))
-    reach = [0.05] * 3 + [0.25] * 3 + [1.0]                      # m, rad, gripper: replaced once there is data
+    reach = [0.05] * 3 + [0.25] * 3 + [1.0]          # m, rad, gripper: replaced once there is data
     policy.set_statistics("placeholder", {"action": {"q01": [-r for r in reach], "q99": reach}})
     return policy.eval()
 
-# ---- demo ----------------------------------------------------------------------------------------------------------------------
+# ---- demo --------------------------------------------------------------------------------------------------
 
-def throughput(work, seconds=0.8):
-    """Runs of `work` per second (best of several: other jobs only ever slow it down), and its GFLOP/s."""
+def throughput(work, seconds=0.7):
+    """Runs of `work` per second (the fastest of several: other jobs only slow it down), and its GFLOP/s."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         work()
-    best, stop = math.inf, time.perf_counter() + seconds
+    times, stop = [], time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()
         work()
-        best = min(best, time.perf_counter() - start)
-    return 1 / best, counter.get_total_flops() / best / 1e9
+        times.append(time.perf_counter() - start)
+    return 1 / min(times), counter.get_total_flops() / min(times) / 1e9
 
 def main(batch=64):
     torch.set_num_threads(1)             # the unit of account: one core
     images = np.random.default_rng(0).integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)
-    texts, square = ["pick up the carrot and place it into the white tray", "open the drawer"] * (batch // 2), torch.randn(1024, 1024)
+    texts = ["pick up the carrot and place it into the white tray", "open the drawer"] * (batch // 2)
+    square = torch.randn(1024, 1024)
     limit = throughput(lambda: square @ square)[1]
-    print(f"one core, float32, batch {batch}, 64 px; matmul limit {limit:.0f} GFLOP/s; samples/s (share of the limit)")
-    print("policy      parameters  tokens   act            evaluate+bwd   with cached features   bc_loss+bwd")
+    print(f"One core, float32, batch {batch}, 64 px. Samples/s (share of matmul limit {limit:.0f} GFLOP/s):")
+    print("policy   parameters tokens  act           evaluate+bwd  same, cached features  bc_loss+bwd")
     for name in TINY:
         policy = make_tiny(name)
+        for p in policy.parameters():    # away from the neutral start, where the expert does not listen yet
+            p.data.add_(torch.randn_like(p), alpha=0.05)
         decision, features = policy.act(images, texts), policy.encode_images(images).detach()
         chunk = torch.zeros(batch, policy.settings.get("horizon", 1), ACTION_DIM)
-        train = lambda seen: sum(part.mean() for part in policy.evaluate(seen, texts, decision.trace)).backward()
-        rates = [throughput(work) for work in (lambda: policy.act(images, texts), lambda: train(images),
-                 lambda: train(features), lambda: policy.bc_loss(images, texts, chunk).backward())]
-        tokens = policy.feature_shape[0] + policy.prompt(texts)[0].shape[1] + (ACTION_DIM if name == "openvla" else policy.horizon)
-        print(f"{name:10} {sum(p.numel() for p in policy.parameters()):11,} {tokens:7}  " + "  ".join(
-            f"{rate * batch:6.0f} ({flops / limit:4.0%})" for rate, flops in rates))
+        loss = lambda seen: sum(part.mean() for part in policy.evaluate(seen, texts, decision.trace))
+        rates = [throughput(work) for work in (
+            lambda: policy.act(images, texts), lambda: loss(images).backward(),
+            lambda: loss(features).backward(), lambda: policy.bc_loss(images, texts, chunk).backward())]
+        tokens = f"{policy.feature_shape[0] + policy.prompt(texts)[0].shape[1]}+{max(chunk.shape[1], 7)}"
+        print(f"{name:8} {sum(p.numel() for p in policy.parameters()):10,} {tokens:>6}  " + "   ".join(
+            f"{rate * batch:5.0f} ({flops / limit:3.0%})" for rate, flops in rates))
         with torch.no_grad():
             gap = (policy.evaluate(images, texts, decision.trace)[0] - decision.logp).abs().max().item()
-        print(f"{'':10} largest |log-prob in act - log-prob in evaluate| = {gap:.1e}")
-        if not gap < 1e-4:
-            raise SystemExit("act and evaluate disagree: a PPO ratio would not start at 1")
+        print(f"{'':8} act and evaluate agree: largest difference of log-probs {gap:.1e}")
+        expect(gap < 1e-4, "log-probs", f"{gap:.1e} apart", "the same in act and evaluate", "the tests")
 
 if __name__ == "__main__":
     main()
