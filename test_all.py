@@ -5,20 +5,39 @@ on purpose and a test must notice. Tests against reference arrays computed with 
 variable REFERENCE_FIXTURES (a folder) and are skipped without it."""
 import ast
 import builtins
+import copy
 import gc
+import importlib.util
 import inspect
+import json
+import math
 import multiprocessing
 import os
 import pathlib
+import re
+import shutil
+import signal
 import subprocess
-import sys
 import symtable
+import sys
 import textwrap
+import time
+import warnings
+from pathlib import Path
 
 import envs                                           # first: it chooses the OpenGL backend before mujoco is imported
+import imageio_ffmpeg
 import mujoco
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+import policies
+import real_data
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -568,3 +587,1869 @@ def test_env_mutants_are_noticed(owner, name, old, new, oracle, monkeypatch):
 def test_wilson_interval():
     assert envs.wilson(10, 16) == pytest.approx((.386, .815), abs=.002)
     assert envs.wilson(0, 50)[0] == pytest.approx(0, abs=1e-4) and envs.wilson(50, 50)[1] == pytest.approx(1, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- policies
+
+torch.set_num_threads(1)
+POLICY_FIXTURES = Path(os.environ.get("REFERENCE_FIXTURES") or "/nonexistent")
+policy_needs_fixtures = pytest.mark.skipif(not POLICY_FIXTURES.is_dir(), reason="REFERENCE_FIXTURES is not set")
+POLICY_TEXTS = ["open the drawer", "pick up the carrot and place it into the white tray", "push the Cube!",
+                "close it", "put the red block on the plate"]
+
+
+def policy_arrays(path):
+    return dict(np.load(POLICY_FIXTURES / path))
+
+
+def policy_gap(ours, reference):
+    ours = ours.detach().cpu().numpy() if torch.is_tensor(ours) else np.asarray(ours)
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    return float(np.abs(ours.astype(np.float64) - reference).max())
+
+
+def policy_batch(size, seed=0, pixels=64):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, pixels, pixels, 3), dtype=np.uint8)
+    return images, [POLICY_TEXTS[i % len(POLICY_TEXTS)] for i in range(size)]
+
+
+def policy_actions(size, horizon=8, seed=0):
+    scale = np.array([0.05] * 3 + [0.25] * 3 + [1.0], np.float32)
+    return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, (size, horizon, 7)).astype(np.float32) * scale)
+
+
+def policy_generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def policy_same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def policy_shaken(policy, seed=1, scale=0.05):
+    """Away from the neutral start: adaRMS gates are zero there, and the expert does not listen to its prefix yet."""
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += scale * torch.randn(p.shape, generator=policy_generator(seed))
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy_pair():
+    return {name: policy_shaken(policies.make_tiny(name)) for name in ("openvla", "pi05")}
+
+
+# ---- official numerics: OpenVLA ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def policy_openvla_a():
+    if not POLICY_FIXTURES.is_dir():
+        pytest.skip("REFERENCE_FIXTURES is not set")
+    return policies.load_policy(POLICY_FIXTURES / "openvla_a"), policy_arrays("openvla_a/reference.npz")
+
+
+@pytest.mark.parametrize("s", range(3))
+def test_openvla_forward_matches_official(policy_openvla_a, s):
+    """The reference features are themselves 1.1e-5 from a float64 run (ours: 8e-6), hence 2e-5 and 1e-4 here."""
+    policy, ref = policy_openvla_a
+    image = torch.from_numpy(ref[f"image{s}_uint8"])[None]
+    assert policy_gap(policy.pixels(image), ref["pixel_values"][s:s + 1]) == 0
+    features = policy.encode_images(image)
+    assert policy_gap(features, ref[f"sample{s}_patch_features"]) < 2e-5
+    assert policy_gap(policy.project(features), ref[f"sample{s}_projected_features"]) < 1e-5
+    ids = torch.from_numpy(ref[f"prompt{s}_input_ids_final"])
+    hidden, _, _ = policy.hidden(features, ids, torch.ones_like(ids).bool())
+    assert policy_gap(hidden, ref[f"sample{s}_last_hidden"]) < 2e-5
+    assert policy_gap(policy.logits(hidden), ref[f"sample{s}_logits"]) < 1e-4
+
+
+def policy_greedy(policy, ids_list, image_list):
+    """Greedy tokens through `act` itself, with given prompt ids instead of a tokenizer."""
+    width = max(ids.shape[1] for ids in ids_list)
+    ids = torch.full((len(ids_list), width), policy.pad)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, own in enumerate(ids_list):
+        ids[row, 0], mask[row, 0] = own[0, 0], True
+        ids[row, width - own.shape[1] + 1:] = own[0, 1:]
+        mask[row, width - own.shape[1] + 1:] = True
+    policy.prompt = lambda instructions: (ids, mask)
+    try:
+        features = torch.cat([policy.encode_images(image[None]) for image in image_list])
+        decision = policy.act(features, ["given"] * len(ids), deterministic=True)
+        check = policy.evaluate(features, ["given"] * len(ids), decision.trace)
+    finally:
+        del policy.prompt
+    assert (decision.logp - check[0]).abs().max() < 1e-4
+    return decision.trace["tokens"].numpy()
+
+
+def test_openvla_tokens_and_actions_match_official(policy_openvla_a):
+    """One left-padded batch of three prompt lengths against three official batch-1 runs."""
+    policy, ref = policy_openvla_a
+    ids = [torch.from_numpy(ref[f"prompt{s}_input_ids_final"]) for s in range(3)]
+    tokens = policy_greedy(policy, ids, [ref[f"image{s}_uint8"] for s in range(3)])
+    for s in range(3):
+        assert (tokens[s] == ref[f"sample{s}_action_token_ids"]).all()
+        assert policy_gap(policy.decode_tokens(tokens[s]), ref[f"sample{s}_normalized_actions"]) < 1e-12
+        for key in ("toy_bridge", "toy_nomask", None):
+            policy_key = policies.load_policy(POLICY_FIXTURES / "openvla_a", unnorm_key=key)
+            expected = ref[f"sample{s}_action_{key or 'dataset_statistics'}"]
+            raw = policy_key.unnormalize(policy_key.decode_tokens(tokens[s:s + 1]))[0]
+            assert policy_gap(raw, expected) < 1e-9
+            ours = policy_key.to_actions(torch.from_numpy(tokens[s:s + 1]))[0, 0]
+            assert policy_gap(ours[:6], expected[:6]) < 1e-6 and abs(ours[6] - (2 * expected[6] - 1)) < 1e-6
+
+
+def test_openvla_step_logits_match_official(policy_openvla_a):
+    policy, ref = policy_openvla_a
+    for s in range(3):
+        ids = torch.from_numpy(ref[f"prompt{s}_input_ids_final"])
+        tokens = torch.from_numpy(ref[f"sample{s}_action_token_ids"])[None]
+        features = policy.encode_images(ref[f"image{s}_uint8"][None])
+        hidden = policy.hidden(features, ids, torch.ones_like(ids).bool(), tokens[:, :-1])[0]
+        assert policy_gap(policy.logits(hidden[0, -7:]), ref[f"sample{s}_step_logits"]) < 1e-4
+
+
+def test_openvla_training_loss_matches_official(policy_openvla_a):
+    """bc_loss itself, on the reference's prompts and actions (unnormalised first, so that the whole path is tested)."""
+    policy, ref = policy_openvla_a
+    labels, ids = ref["train_labels"], ref["train_input_ids"]
+    pixels = torch.from_numpy(ref["pixel_values"])
+    features = torch.cat([policy.vision_backbone["featurizer"](pixels[:, :3]),
+                          policy.vision_backbone["fused_featurizer"](pixels[:, 3:])], -1)
+    total, targets = [], []
+    for row in range(3):
+        first = int((labels[row] != -100).argmax())
+        prompt = torch.from_numpy(ids[row:row + 1, :first])
+        policy.prompt = lambda instructions: (prompt, torch.ones_like(prompt).bool())
+        action = torch.from_numpy(policy.unnormalize(ref["train_actions_normalized"][row:row + 1].clip(-1, 1)))
+        action[:, 6] = 2 * action[:, 6] - 1
+        total.append(policy.bc_loss(features[row:row + 1], ["given"], action[:, None]))
+        targets.append(policy.to_tokens(action)[0].numpy())
+        del policy.prompt
+        assert (targets[-1] == labels[row][labels[row] != -100][:7]).all()
+    assert abs(torch.stack(total).mean().item() - ref["train_loss"]) < 1e-5
+
+
+def test_openvla_token_tables_match_official(policy_openvla_a):
+    policy, ref = policy_openvla_a
+    assert (policy.encode_values(ref["tokenizer_values"]) == ref["tokenizer_ids"]).all()
+    assert policy_gap(policy.decode_tokens(ref["detok_ids"]), ref["detok_normalized"]) == 0
+    assert policy_gap(policies.BIN_CENTRES, ref["bin_centers"]) == 0
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_openvla_adapter_matches_peft(policy_openvla_a, merge):
+    """Loaded as PEFT wrote it (Conv2d, fused qkv and lm_head adapted); kept apart or folded in: the same numbers."""
+    _, ref = policy_openvla_a
+    policy = policies.load_policy(POLICY_FIXTURES / "openvla_a" / "adapter", merge=merge, unnorm_key="toy_bridge")
+    assert bool(policies.lora_modules(policy)) != merge
+    features = policy.encode_images(ref["image0_uint8"][None])
+    assert policy_gap(features, ref["lora_patch_features"]) < 2e-5
+    ids = torch.from_numpy(ref["prompt0_input_ids_final"])
+    hidden = policy.hidden(features, ids, torch.ones_like(ids).bool())[0]
+    assert policy_gap(policy.logits(hidden), ref["lora_logits"]) < 1e-4
+    tokens = policy_greedy(policy, [ids], [ref["image0_uint8"]])
+    assert (tokens[0] == ref["lora_action_token_ids"]).all()
+    assert policy_gap(policy.unnormalize(policy.decode_tokens(tokens))[0], ref["lora_action"]) < 1e-9
+    trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert merge or all(".lora_" in name or name.startswith("value_head") for name in trainable)
+
+
+@policy_needs_fixtures
+def test_openvla_evaluation_images_match_tensorflow():
+    ref = policy_arrays("openvla_preproc/tf_preprocess.npz")
+    image = ref["image_256"][None]
+    assert (policies.center_crop_90(image, 224)[0] == ref["tf_crop90_224"]).all()
+    ours = policies.resize_lanczos3(image, 224)[0].astype(int)
+    gap = np.abs(ours - ref["tf_lanczos3_224"])
+    assert gap.max() <= 1 and (gap > 0).mean() <= 6e-4
+    for start, goal in (("image_256", "tf_lanczos3_then_crop90_224"), ("tf_jpeg95_roundtrip_256", "tf_libero_eval_224")):
+        chained = policies.center_crop_90(policies.resize_lanczos3(ref[start][None], 224), 224)[0].astype(int)
+        gap = np.abs(chained - ref[goal])
+        assert gap.max() <= 1 and (gap > 0).mean() <= 1e-3
+
+
+def test_openvla_full_size_shapes():
+    config = json.loads(json.dumps(policies.TINY["openvla"]))
+    config.update(image_sizes=[224, 224], pad_token_id=32000, text_config=dict(vocab_size=32064))
+    del config["tiny_timm_kwargs"]
+    policy = policies.build(config)
+    tensors = policy.official_tensors()
+    assert len(tensors) == 982 and sum(t.numel() for t in tensors.values()) == 7_541_237_184
+    assert policy.vocab == 32000 and policy.feature_shape == (256, 2176)
+    assert policy.encode_values([1.0, -1.0, 0.0]).tolist() == [31744, 31999, 31872]
+    assert [len([k for k in tensors if k.startswith(p)]) for p in
+            ("vision_backbone.featurizer", "vision_backbone.fused_featurizer", "projector", "language_model")] == [
+                343, 342, 6, 291]
+
+
+# ---- official numerics: pi0.5 ------------------------------------------------------------------------------------
+
+def policy_pi05_prefix(policy, inputs):
+    """Tower run only on cameras present somewhere, on the reference's float pixels."""
+    batch, cameras = inputs["image_mask"].shape
+    features = policy.vision_tower(inputs["images"].flatten(0, 1)).last_hidden_state.unflatten(0, (batch, cameras))
+    return policy.prefix(features, inputs["image_mask"], inputs["tokens"], inputs["token_mask"])
+
+
+def policy_check_pi05(policy, inputs, ref, grads=True):
+    hidden, kv, valid = policy_pi05_prefix(policy, inputs)
+    tokens = policy.feature_shape[0]
+    present = torch.cat([inputs["image_mask"].any(0).repeat_interleave(tokens),
+                         torch.ones(inputs["tokens"].shape[1], dtype=torch.bool)]).numpy()
+    assert (valid.numpy() == ref["prefix_pad_mask"][:, present]).all()
+    keep = valid.numpy()
+    assert policy_gap(hidden[valid], ref["prefix_hidden"][:, present][keep]) < 2e-5
+    assert (np.cumsum(keep, 1)[keep] - 1 == ref["position_ids"][:, :-policy.horizon][:, present][keep]).all()
+    last = ref["position_ids"][:, -policy.horizon:]
+    assert (keep.sum(1)[:, None] + np.arange(policy.horizon) == last).all()
+    if "prefix_key_0" in ref:
+        for layer, (k, v) in enumerate(kv):
+            for ours, name in ((k, "key"), (v, "value")):
+                expected = ref[f"prefix_{name}_{layer}"][:, :, present]
+                assert policy_gap(ours.transpose(1, 2)[valid], expected.swapaxes(1, 2)[keep]) < 1e-5
+    t = inputs["time"]
+    assert policy_gap(policy.time_embedding(t[:, None])[:, 0], ref["adarms_cond"]) < 1e-6
+    x_t = t[:, None, None] * inputs["noise"] + (1 - t[:, None, None]) * inputs["actions"]
+    v, h = policy.velocity(x_t[:, None], t[:, None], kv, valid)
+    assert policy_gap(x_t, ref["x_t"]) < 1e-6 and policy_gap(policy.action_in_proj(x_t), ref["suffix_embs"]) < 1e-5
+    assert policy_gap(v[:, 0], ref["v_t"]) < 2e-5 and policy_gap(v[:, 0], ref["v_t_cached"]) < 2e-5
+    assert policy_gap(h[:, 0], ref["suffix_hidden"]) < 2e-5
+    loss = policy.flow_loss(kv, valid, inputs["actions"], inputs["noise"], t)
+    assert policy_gap(loss, ref["loss"]) < 1e-4 and abs(loss.mean().item() - ref["loss_mean"]) < 1e-5
+    if grads:
+        policy.zero_grad()
+        loss.mean().backward()
+        ours = {policy.official_key(name): p.grad for name, p in policy.named_parameters()}
+        for name in [key for key in ref if key.startswith("grad/")]:
+            assert policy_gap(ours[name[5:]], ref[name]) < 1e-5 * np.abs(ref[name]).max(), name
+    with torch.no_grad():
+        for steps, name, tolerance in ((4, "sample4", 1e-4), (10, "sample10", 3e-4)):
+            x = inputs["noise"][:, None]
+            for i in range(steps):
+                if steps == 4 and "sample4_trajectory" in ref:
+                    assert policy_gap(x[:, 0], ref["sample4_trajectory"][i]) < 1e-4
+                x = x - policy.velocity(x, torch.full((len(x), 1), 1 - i / steps), kv, valid)[0] / steps
+            assert policy_gap(x[:, 0], ref[name]) < tolerance
+
+
+@policy_needs_fixtures
+def test_pi05_matches_openpi():
+    policy = policies.load_policy(POLICY_FIXTURES / "pi05_a")
+    inputs = {key: torch.from_numpy(value) for key, value in policy_arrays("pi05_a/inputs.npz").items()}
+    policy_check_pi05(policy, inputs, policy_arrays("pi05_a/outputs.npz"))
+
+
+def policy_pi05_layout(target, layout):
+    """pi05_a rewritten as other tools write it."""
+    target.mkdir(parents=True, exist_ok=True)
+    source = POLICY_FIXTURES / "pi05_a"
+    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    head = "paligemma_with_expert.paligemma.lm_head.weight"
+    if layout == "lerobot":          # saved after fine-tuning: prefixed, untied, and lm_head is a decoy
+        tensors["paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = tensors[head].clone()
+        tensors[head] = torch.randn_like(tensors[head])
+        tensors = {"model." + key: value for key, value in tensors.items()}
+        config["chunk_size"] = config.pop("action_horizon")
+        config["max_action_dim"] = config.pop("action_dim")
+        config["normalization_mapping"] = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+        stats = {f"{feature}.{key}": torch.linspace(low, high, 7) for feature in ("action", "observation.state")
+                 for key, low, high in (("q01", -1, -0.2), ("q99", 0.3, 2))}
+        save_file(stats, target / "policy_postprocessor_step_0_unnormalizer_processor.safetensors")
+        save_file(stats, target / "policy_preprocessor_step_5_normalizer_processor.safetensors")
+        save_file(tensors, target / "model.safetensors")
+    elif layout == "rlinf":          # shards without an index, RL heads inside, statistics outside assets/
+        tensors.update({"value_head.mlp.0.weight": torch.zeros(3, 3), "noise_head.x": torch.zeros(2)})
+        keys = sorted(tensors)
+        for part in range(2):
+            save_file({key: tensors[key] for key in keys[part::2]}, target / f"part-{part}.safetensors")
+        stats = {"actions": dict(q01=[-1.] * 7, q99=[1.] * 7), "state": dict(q01=[-1.] * 7, q99=[1.] * 7)}
+        policies.write_json(target / "physical-intelligence/pick_and_place_real/norm_stats.json", {"norm_stats": stats})
+    elif layout == "rlinf_pt":       # a training dump with wrapper prefixes
+        (target / "actor/model_state_dict").mkdir(parents=True)
+        torch.save({"_orig_mod.module." + k: v for k, v in tensors.items()}, target / "actor/model_state_dict/full_weights.pt")
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@policy_needs_fixtures
+@pytest.mark.parametrize("layout", ["lerobot", "rlinf", "rlinf_pt"])
+def test_pi05_layouts(tmp_path, layout):
+    policy = policies.load_policy(policy_pi05_layout(tmp_path / layout, layout))
+    inputs = {key: torch.from_numpy(value) for key, value in policy_arrays("pi05_a/inputs.npz").items()}
+    policy_check_pi05(policy, inputs, policy_arrays("pi05_a/outputs.npz"), grads=False)
+    assert policy.settings["style"] == ("lerobot" if layout == "lerobot" else "openpi")
+    if layout != "rlinf_pt":
+        assert list(policy.statistics) == [{"lerobot": "lerobot", "rlinf": "physical-intelligence/pick_and_place_real"}[layout]]
+        actions = policy_actions(2, 4)
+        assert (policy.unnormalize(policy.normalize(actions)) - actions).abs().max() < 1e-5
+    policy.save(tmp_path / "again")
+    assert policy_same_state(policy, policies.load_policy(tmp_path / "again"))
+
+
+@policy_needs_fixtures
+def test_pi05_full_size_keys():
+    expected = json.loads((POLICY_FIXTURES / "pi05_full_keys.json").read_text())
+    policy = policies.build({"type": "pi05", "action_dim": 32, "action_horizon": 50})
+    ours = {key: list(tensor.shape) for key, tensor in policy.official_tensors().items()}
+    assert ours == expected and len(ours) == 812
+    policies.load_tensors(policy, {key: torch.empty(shape, device="meta") for key, shape in expected.items()}, "meta")
+
+
+@policy_needs_fixtures
+def test_pi05_preprocessing_matches_official():
+    ref = policy_arrays("pi05_preproc/preproc.npz")
+    policy = policies.make_tiny("pi05", discrete_state=True)
+    policy.action_dim = 32
+    policy.statistics = {"x": {"action": dict(q01=ref["q01"], q99=ref["q99"]), "state": dict(q01=ref["q01"], q99=ref["q99"])}}
+    for style in ("openpi", "lerobot"):
+        policy.settings["style"] = style
+        offset, scale, base = policy.affine("state")
+        assert policy_gap((torch.from_numpy(ref["state"]) - offset) / scale + base, ref[f"{style}_state_norm"]) < 1e-9
+        model = torch.from_numpy(ref["model_actions"])
+        assert policy_gap(policy.unnormalize(model), ref[f"{style}_actions_unnorm"][..., :7]) < 1e-6
+        actions = torch.from_numpy(ref["actions"])
+        assert (policy.unnormalize(policy.normalize(actions)) - actions).abs().max() < 1e-5
+    policy.settings["style"] = "openpi"
+    assert (policy.state_bins(ref["state"]) == ref["state_bins"]).all()
+    policy.statistics["x"]["state"] = dict(mean=np.zeros(1), std=np.full(1, 1 - 1e-6))      # the identity
+    policy.settings["norm"] = "mean_std"
+    assert (policy.state_bins(ref["edge_values"][:, None])[:, 0] == ref["edge_bins"]).all()
+    policy.settings["delta_mask"] = ref["delta_mask"].tolist()
+    actions, state = torch.from_numpy(ref["actions"]), ref["state"]
+    assert policy_gap(actions - policy.reference(state), ref["delta_actions"]) < 1e-9
+    assert policy_gap(torch.from_numpy(ref["delta_actions"]) + policy.reference(state), ref["absolute_actions"]) < 1e-9
+    for name in ("img_wide", "img_tall"):
+        for size in (56, 224):
+            ours = policies.resize_with_pad(ref[name][None], size, "openpi")[0]
+            assert (np.rint((ours + 1) / 2 * 255) == ref[f"{name}_openpi_pil_{size}"]).all()
+        for key in ("openpi_torch", "lerobot"):
+            assert policy_gap(policies.resize_with_pad(ref[name][None], 56, "lerobot")[0], ref[f"{name}_{key}_56"]) < 1e-5
+
+
+@policy_needs_fixtures
+def test_pi05_prompts_match_official():
+    prompts = json.loads((POLICY_FIXTURES / "pi05_preproc/prompts.json").read_text())
+    ref = policy_arrays("pi05_preproc/preproc.npz")
+    policy, calls = policies.make_tiny("pi05"), []
+    policy.encode = lambda text: calls.append(text) or [7]
+    ids, mask = policy.prompt([prompts["stateless"]["task"]])
+    assert calls == [text for text, _ in prompts["stateless"]["encode_calls"]] and ids.tolist() == [[2, 7, 7]]
+    policy.settings["discrete_state"], calls[:] = True, []
+    policy.statistics = {"x": {"state": dict(q01=ref["q01"], q99=ref["q99"])}}
+    policy.prompt([row["task"] for row in prompts["with_state"]], ref["state"])
+    assert calls == [row["prompt"] for row in prompts["with_state"]]
+
+
+# ---- oracles beyond the fixtures -----------------------------------------------------------------------------------
+
+def test_decoder_equals_transformers_llama():
+    """Left-padded, 256 image tokens: our decoder against LlamaForCausalLM with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = json.loads(json.dumps(policies.TINY["openvla"]))
+    config["image_sizes"] = [224, 224]
+    for part in config["tiny_timm_kwargs"].values():
+        part["patch_size"] = 14
+    config["text_config"]["vocab_size"] = 500
+    policy = policies.build(config)
+    policies.init_weights(policy, 0)
+    policy.tokenizer = policies.tiny_tokenizer("openvla")
+    text = config["text_config"]
+    llama = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in text.items() if k != "model_type"})).eval()
+    assert llama.config.rms_norm_eps == 1e-6
+    ours = policy.language_model.state_dict()
+    llama.load_state_dict({k: v for k, v in ours.items()}, strict=True)
+    images, texts = policy_batch(3, pixels=224)
+    ids, mask = policy.prompt(texts)
+    assert len(set(mask.sum(1).tolist())) == 3
+    with torch.no_grad():
+        features = policy.encode_images(images)
+        assert features.shape == (3, 256, 128)
+        hidden, valid, _ = policy.hidden(features, ids, mask)
+        words = llama.model.embed_tokens(ids)
+        x = torch.cat([words[:, :1], policy.project(features), words[:, 1:]], 1)
+        theirs = llama(inputs_embeds=x, attention_mask=valid.long(), position_ids=valid.cumsum(1) - 1).logits
+    assert (policy.logits(hidden) - theirs)[valid].abs().max() < 2e-5
+
+
+def test_vlm_equals_transformers_gemma(policy_pair):
+    from transformers import GemmaConfig, GemmaModel
+    policy = policy_pair["pi05"]
+    vlm, vocab = policy.config["vlm"], policy.config["vocab_size"]
+    gemma = GemmaModel(GemmaConfig(
+        vocab_size=vocab, hidden_size=vlm["width"], intermediate_size=vlm["mlp_dim"], num_hidden_layers=vlm["depth"],
+        num_attention_heads=vlm["num_heads"], num_key_value_heads=vlm["num_kv_heads"], head_dim=vlm["head_dim"])).eval()
+    policy = copy.deepcopy(policy)
+    for name, p in policy.language_model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    gemma.load_state_dict(policy.language_model.state_dict(), strict=False)
+    x = torch.randn(2, 9, vlm["width"])
+    with torch.no_grad():
+        ours = policy.language_model(x, torch.arange(9).expand(2, -1), torch.ones(2, 1, 1, 9, dtype=torch.bool))[0]
+        theirs = gemma(inputs_embeds=x, attention_mask=torch.zeros(2, 1, 9, 9)).last_hidden_state
+    assert (ours - theirs).abs().max() < 2e-5
+
+
+# ---- the contract ------------------------------------------------------------------------------------------------------
+
+POLICY_SAMPLERS = [("openvla", {}), ("openvla", dict(temperature=0.6)), ("pi05", {}), ("pi05", dict(sampler="flow_sde")),
+                   ("pi05", dict(steps=3, chunk=2, horizon=5)), ("pi05", dict(sampler="flow_sde", steps=1))]
+
+
+@pytest.mark.parametrize("size", [1, 17])
+@pytest.mark.parametrize("name, settings", POLICY_SAMPLERS)
+def test_act_and_evaluate_agree(name, settings, size):
+    policy = policy_shaken(policies.make_tiny(name, seed=3, **settings))
+    images, texts = policy_batch(size)
+    decision = policy.act(images, texts, generator=policy_generator(5))
+    logp, entropy, value = policy.evaluate(images, texts, decision.trace)
+    chunk = 1 if name == "openvla" else policy.settings["chunk"]
+    assert decision.actions.shape == (size, chunk, 7) and decision.actions.dtype == torch.float32
+    assert logp.dtype == entropy.dtype == value.dtype == torch.float32 and logp.shape == entropy.shape == value.shape == (size,)
+    assert logp.requires_grad and not decision.logp.requires_grad
+    assert (logp - decision.logp).abs().max() < 1e-4 and (value - decision.value).abs().max() < 1e-4
+    order = torch.randperm(size)                                 # minibatches shuffle: rows must not depend on each other
+    shuffled = policy.evaluate(images[order.numpy()], [texts[i] for i in order],
+                               {key: part[order] for key, part in decision.trace.items()})
+    assert (shuffled[0] - decision.logp[order]).abs().max() < 1e-4
+    again = policy.act(images, texts, generator=policy_generator(5))
+    assert torch.equal(again.actions, decision.actions) and torch.equal(again.logp, decision.logp)
+    same = [policy.act(images, texts, deterministic=True, generator=policy_generator(7)).actions for _ in range(2)]
+    assert torch.equal(*same)
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_batch_equals_single_runs(policy_pair, name):
+    """Prompts of different lengths: what a row returns does not depend on its neighbours' padding."""
+    policy = policy_pair[name]
+    images, texts = policy_batch(5)
+    decision = policy.act(images, texts, generator=policy_generator(0))
+    for i in range(5):
+        row = {key: part[i:i + 1] for key, part in decision.trace.items()}
+        logp, _, value = policy.evaluate(images[i:i + 1], texts[i:i + 1], row)
+        assert abs(logp.item() - decision.logp[i].item()) < 1e-4 and abs(value.item() - decision.value[i].item()) < 1e-4
+
+
+def test_deterministic_pi05_has_no_density(policy_pair):
+    images, texts = policy_batch(2)
+    decision = policy_pair["pi05"].act(images, texts, deterministic=True)
+    assert decision.trace["x"].shape[:2] == (2, 0) and (decision.logp == 0).all()
+    logp, entropy, value = policy_pair["pi05"].evaluate(images, texts, decision.trace)
+    assert (logp == 0).all() and (entropy == 0).all() and (value - decision.value).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps, table", [(4, [.500, .433, .250, .144]), (3, [.5, .408, .204]),
+                                          (10, [.5, .474, .316, .242, .194, .158, .129, .104, .079, .053])])
+def test_flow_sde_step_sizes(steps, table):
+    policy = policies.make_tiny("pi05", sampler="flow_sde", steps=steps)
+    x = torch.randn(2, steps, 8, 8)
+    v, h, step = torch.randn_like(x), torch.zeros(2, steps, 8, 96), torch.arange(steps).expand(2, -1)
+    mean, std = policy.transition(x, v, h, step)
+    assert np.abs(std[0, :, 0, 0].numpy() - table).max() < 6e-4
+    for i in range(steps):           # drift of Flow-GRPO: v + sigma^2/(2t) (x + (1-t) v)
+        t, d = 1 - i / steps, 1 / steps
+        sigma = std[0, i, 0, 0] / d ** 0.5
+        expected = x[:, i] - d * (v[:, i] + sigma ** 2 / (2 * t) * (x[:, i] + (1 - t) * v[:, i]))
+        assert (mean[:, i] - expected).abs().max() < 1e-4
+
+
+def policy_explicit_joint_logp(policy, images, texts, trace):
+    """The definition, one denoising step after the other, with torch.distributions."""
+    _, kv, valid = policy.observe(images, texts, None, None)
+    chunk, steps = policy.settings["chunk"], policy.settings["steps"]
+    terms = [torch.distributions.Normal(0., 1.).log_prob(trace["x"][:, 0])[:, :chunk, :7].sum((1, 2))]
+    for i in range(steps):
+        t, d, x = 1 - i / steps, 1 / steps, trace["x"][:, i]
+        v, h = policy.velocity(x[:, None], torch.full((len(x), 1), t), kv, valid)
+        low, high = policy.settings["noise_std"]
+        log_var = math.log(low ** 2) + (math.log(high ** 2) - math.log(low ** 2)) * (policy.noise_head(h[:, 0]).tanh() + 1) / 2
+        normal = torch.distributions.Normal(x - d * v[:, 0], (log_var / 2).exp())
+        terms.append(normal.log_prob(trace["x_next"][:, i])[:, :chunk, :7].sum((1, 2)))
+        if i + 1 < steps:
+            assert torch.equal(trace["x_next"][:, i], trace["x"][:, i + 1])
+    return torch.stack(terms, 1).sum(1) / (steps + 1)
+
+
+def policy_logp_oracle(policy):
+    images, texts = policy_batch(3)
+    decision = policy.act(images, texts, generator=policy_generator(0))
+    with torch.no_grad():
+        expected = policy_explicit_joint_logp(policy, images, texts, decision.trace)
+    return bool((decision.logp - expected).abs().max() < 1e-4)
+
+
+def test_joint_logp_is_the_explicit_sum(policy_pair):
+    assert policy_logp_oracle(policy_pair["pi05"])
+    images, texts = policy_batch(3)
+    decision = policy_pair["pi05"].act(images, texts)
+    entropy = policy_pair["pi05"].evaluate(images, texts, decision.trace)[1]
+    low, high = ((1.4189385 * 5 + 4 * math.log(s)) / 5 for s in (0.08, 0.16))
+    assert (entropy > low - 1e-4).all() and (entropy < high + 1e-4).all()
+
+
+def test_flow_noise_moments_match_the_formula():
+    """6,000 transitions from one state: empirical mean and std of x' against mean and std of the formula."""
+    policy = policy_shaken(policies.make_tiny("pi05", steps=1))
+    images, texts = policy_batch(1)
+    features, observe = policy.encode_images(images).detach().expand(3000, -1, -1, -1), policy.observe
+    hidden, kv, valid = observe(features[:1], texts, None, None)             # the prefix once: all rows are the same
+    expanded = (hidden.expand(3000, -1, -1), [(k.expand(3000, -1, -1, -1), v.expand(3000, -1, -1, -1)) for k, v in kv],
+                valid.expand(3000, -1))
+    policy.observe = lambda *args: expanded
+    start = torch.randn(1, 1, 8, 8, generator=policy_generator(0))
+    draws = []
+    original = torch.randn
+    for seed in range(2):
+        generator = policy_generator(seed)
+        calls = []
+        torch.randn = lambda shape, **kw: (calls.append(1), start.expand(shape) if len(calls) == 1 else
+                                           original(shape, generator=generator))[1]
+        try:
+            trace = policy.act(features, texts * 3000).trace
+        finally:
+            torch.randn = original
+        draws.append(trace["x_next"][:, 0])
+    draws = torch.cat(draws)
+    v, h = policy.velocity(start, torch.ones(1, 1), kv, valid)
+    mean, std = policy.transition(start, v, h, torch.zeros(1, 1, dtype=torch.long))
+    error = (draws.mean(0) - mean[0, 0]) / (std[0, 0] / len(draws) ** 0.5)
+    assert error.abs().max() < 4.5                               # 64 z-scores
+    assert (draws.std(0) / std[0, 0] - 1).abs().max() < 4.5 / (2 * len(draws)) ** 0.5
+
+
+def test_token_frequencies_match_the_softmax(policy_pair):
+    """Chi-square of 12,000 first tokens against the probabilities, temperature 0.5 (255 degrees of freedom)."""
+    policy = policies.make_tiny("openvla", temperature=0.5)
+    with torch.no_grad():
+        policy.language_model["lm_head"].weight *= 8
+    images, texts = policy_batch(1)
+    features, hidden_of_one = policy.encode_images(images).detach(), policy.hidden
+
+    def hidden_of_2000(features, ids, mask):                     # the prompt once: all rows are the same
+        hidden, valid, kv = hidden_of_one(features[:1], ids[:1], mask[:1])
+        return (hidden.expand(2000, -1, -1), valid.expand(2000, -1),
+                [(k.expand(2000, -1, -1, -1), v.expand(2000, -1, -1, -1)) for k, v in kv])
+    policy.hidden = hidden_of_2000
+    counts = torch.zeros(256)
+    for seed in range(6):
+        tokens = policy.act(features.expand(2000, -1, -1), texts * 2000, generator=policy_generator(seed)).trace["tokens"]
+        counts += torch.bincount(tokens[:, 0] - (policy.vocab - 256), minlength=256)
+    with torch.no_grad():
+        probs = policy.action_log_probs(hidden_of_one(features, *policy.prompt(texts))[0][:, -1])[0].exp()
+    assert probs.max() > 3 / 256, "too flat to tell anything"
+    chi2 = ((counts - 12000 * probs) ** 2 / (12000 * probs)).sum().item()
+    assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255), chi2
+
+
+def test_openvla_logp_is_the_softmax_over_256(policy_pair):
+    policy = policy_pair["openvla"]
+    images, texts = policy_batch(4)
+    decision = policy.act(images, texts)
+    tokens = decision.trace["tokens"]
+    assert tokens.shape == (4, 7) and tokens.min() >= policy.vocab - 256 and tokens.max() < policy.vocab
+    hidden = policy.hidden(policy.encode_images(images), *policy.prompt(texts), tokens[:, :-1])[0][:, -7:]
+    allowed = torch.full((policy.vocab + 64,), -math.inf)
+    allowed[policy.vocab - 256:policy.vocab] = 0
+    full = torch.distributions.Categorical(logits=policy.logits(hidden).detach() + allowed)
+    assert (full.log_prob(tokens).sum(1) - decision.logp).abs().max() < 1e-4
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------------
+
+def test_bc_loss_starts_at_its_theoretical_value():
+    images, texts = policy_batch(32)
+    actions = policy_actions(32)
+    openvla = policies.make_tiny("openvla")
+    vocab = openvla.config["text_config"]["vocab_size"]
+    assert abs(openvla.bc_loss(images, texts, actions[:, :1]).item() - math.log(vocab)) < 0.15
+    pi05 = policies.make_tiny("pi05")
+    expected = 1 + pi05.normalize(actions)[..., :7].square().mean().item()
+    losses = [pi05.bc_loss(images, texts, actions, generator=policy_generator(i)).item() for i in range(20)]
+    assert abs(np.mean(losses) - expected) < 0.1, (np.mean(losses), expected)
+
+
+@pytest.mark.parametrize("name, steps, rate, goal", [("openvla", 120, 2e-3, 0.05), ("pi05", 360, 3e-3, 0.06)])
+def test_bc_loss_overfits_eight_samples(name, steps, rate, goal):
+    policy = policies.make_tiny(name)
+    images, texts = policy_batch(8)
+    actions = policy_actions(8, policy.settings.get("horizon", 1))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator, start, losses = {} if name == "openvla" else dict(generator=policy_generator(0)), time.perf_counter(), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = policy.bc_loss(images, texts, actions, **generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-30:]) < goal and time.perf_counter() - start < 60, np.mean(losses[-30:])
+    chunk = policy.act(images, texts, deterministic=True).actions
+    reach = torch.tensor([0.05] * 3 + [0.25] * 3 + [1.0])
+    assert ((chunk - actions[:, :chunk.shape[1]]) / reach).abs().mean() < 0.12
+
+
+def test_pi05_padding_is_not_learned(policy_pair):
+    policy = policy_pair["pi05"]
+    images, texts = policy_batch(4)
+    actions, pad = policy_actions(4), torch.zeros(4, 8, dtype=torch.bool)
+    pad[:, 5:] = True
+    _, kv, valid = policy.observe(images, texts, None, None)
+    loss = policy.bc_loss(images, texts, actions, pad, generator=policy_generator(0))
+    noise = torch.randn(4, 8, 8, generator=policy_generator(0))
+    generator = policy_generator(0)
+    torch.randn(4, 8, 8, generator=generator)
+    t = 0.001 + 0.999 * torch.rand(4, generator=generator) ** (1 / 1.5)
+    expected = policy.flow_loss(kv, valid, policy.normalize(actions), noise, t)[:, :5, :7].mean()
+    assert abs(loss.item() - expected.item()) < 1e-5
+    openvla = policy_pair["openvla"]
+    pad = torch.tensor([[True], [False], [False], [False]])
+    part = openvla.bc_loss(images, texts, actions[:, :1], pad)
+    assert abs(part.item() - openvla.bc_loss(images[1:], texts[1:], actions[1:, :1]).item()) < 1e-5
+
+
+def test_flow_time_is_beta():
+    """t = 0.001 + 0.999 Beta(1.5, 1), read off the calls of bc_loss."""
+    policy, seen = policies.make_tiny("pi05"), []
+    images, texts = policy_batch(1)
+    features = policy.encode_images(images).detach().expand(2000, -1, -1, -1)
+    policy.observe = lambda *args: (None, None, None)            # the prefix pass has no part in it
+    policy.flow_loss = lambda kv, valid, actions, noise, t: (seen.append(t), noise)[1]
+    policy.bc_loss(features, texts * 2000, policy_actions(2000), generator=policy_generator(0))
+    t = seen[0].double()
+    assert t.min() >= 0.001 and t.max() <= 1 and abs(t.mean().item() - (0.001 + 0.999 * 0.6)) < 0.02
+    assert abs(((t - 0.001) / 0.999).square().mean().item() - 3 / 7) < 0.02          # E[x^2] of Beta(1.5, 1)
+
+
+# ---- vision features, cameras, precision --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_cached_features_stand_for_images(policy_pair, name):
+    policy = policy_pair[name]
+    images, texts = policy_batch(3)
+    features = policy.encode_images(images)
+    a = policy.act(images, texts, generator=policy_generator(0))
+    b = policy.act(features, texts, generator=policy_generator(0))
+    assert torch.equal(a.actions, b.actions) and torch.equal(a.logp, b.logp)
+    for x, y in zip(policy.evaluate(images, texts, a.trace), policy.evaluate(features, texts, a.trace)):
+        assert torch.equal(x, y)
+    assert torch.equal(policy.prompt_hidden(images, texts), policy.prompt_hidden(features, texts))
+    assert policy.prompt_hidden(images, texts).shape == (3, 128)
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+@pytest.mark.parametrize("freeze", ["vision", "vlm"])
+def test_freezing(tmp_path, name, freeze):
+    policies.make_tiny(name).save(tmp_path / "p")
+    policy = policies.load_policy(tmp_path / "p", freeze=freeze)
+    images, texts = policy_batch(2)
+    assert not policy.encode_images(images).requires_grad
+    decision = policy.act(images, texts)
+    logp, entropy, value = policy.evaluate(images, texts, decision.trace)
+    (logp.sum() + value.sum() if logp.requires_grad else value.sum()).backward()
+    frozen = policy.vision if freeze == "vision" else policy.vlm
+    for key, p in policy.named_parameters():
+        assert p.requires_grad != key.startswith(frozen), key
+        assert p.grad is None or not key.startswith(frozen), key
+    assert all(p.grad is not None for key, p in policy.named_parameters() if key.startswith("value_head"))
+
+
+def test_pi05_missing_cameras_cost_nothing_and_change_nothing(policy_pair):
+    policy, seen = policy_pair["pi05"], []
+    images, texts = policy_batch(3)
+    three = np.stack([images, *(policy_batch(3, seed=s)[0] for s in (1, 2))], 1)
+    mask = torch.tensor([[True, False, False]] * 3)
+    handle = policy.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    one = policy.act(images, texts, generator=policy_generator(0))
+    masked = policy.act(three, texts, generator=policy_generator(0), camera_mask=mask)
+    handle.remove()
+    assert seen == [3, 3] and torch.equal(one.actions, masked.actions)
+    mixed = torch.tensor([[True, False, False], [True, True, False], [True, True, False]])
+    both = policy.act(three, texts, generator=policy_generator(0), camera_mask=mixed)
+    assert (both.actions[0] - one.actions[0]).abs().max() < 1e-5
+    logp, _, value = policy.evaluate(three, texts, both.trace, camera_mask=mixed)
+    assert (logp - both.logp).abs().max() < 1e-4 and (value[0] - one.value[0]).abs() < 1e-4
+    assert (value[1] - one.value[1]).abs() > 1e-5, "a second camera must matter"
+
+
+def test_value_reads_valid_tokens_only(policy_pair):
+    policy = policy_pair["pi05"]
+    images, texts = policy_batch(3)
+    alone = policy.act(images[:1], texts[:1]).value
+    with_longer = policy.act(images, texts).value[:1]
+    assert (alone - with_longer).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_bfloat16_is_autocast_over_float32(tmp_path, name):
+    policy_shaken(policies.make_tiny(name)).save(tmp_path / "p")
+    policy, exact = policies.load_policy(tmp_path / "p", dtype="bfloat16"), policies.load_policy(tmp_path / "p")
+    images, texts = policy_batch(4)
+    decision = policy.act(images, texts, generator=policy_generator(0))
+    logp, entropy, value = policy.evaluate(images, texts, decision.trace)
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+    assert decision.logp.dtype == decision.value.dtype == logp.dtype == value.dtype == torch.float32
+    assert (logp - decision.logp).abs().max() < 0.3
+    (logp.mean() + value.mean()).backward()
+    reference = exact.evaluate(images, texts, decision.trace)
+    assert 0 < (logp - reference[0]).abs().max() < 0.5 and (value - reference[2]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, name):
+    policy_shaken(policies.make_tiny(name)).save(tmp_path / "p")
+    images, texts = policy_batch(3)
+    decision, grads = policies.load_policy(tmp_path / "p").act(images, texts, generator=policy_generator(0)), []
+    for on in (False, True):
+        policy = policies.load_policy(tmp_path / "p", gradient_checkpointing=on)
+        logp, entropy, value = policy.evaluate(images, texts, decision.trace)
+        (logp.mean() + entropy.mean() + value.mean()).backward()
+        grads.append({key: p.grad for key, p in policy.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all((grads[0][key] - grads[1][key]).abs().max() < 1e-5 for key in grads[0])
+
+
+# ---- statistics, tokens, prompts ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_statistics_round_trip(tmp_path, name):
+    policy, rng = policies.make_tiny(name), np.random.default_rng(0)
+    q01, q99 = -rng.uniform(0.01, 0.2, 7), rng.uniform(0.01, 0.2, 7)
+    q01[3] = q99[3] = 0.0                                        # a rotation that never happened
+    q01[6], q99[6] = 1.0, 1.0                                    # a gripper that stayed open
+    policy.set_statistics("lab", {"action": {"q01": q01, "q99": q99}, "state": {"q01": q01, "q99": q99}})
+    action = policy.stats["action"]
+    assert action["q99"][3] - action["q01"][3] == pytest.approx(1e-3) and action["q01"][:3] == q01[:3].tolist()
+    inside = torch.tensor(q01 + (q99 - q01) * rng.uniform(0, 1, (16, 7)), dtype=torch.float32)
+    if name == "openvla":
+        back = policy.to_actions(policy.to_tokens(inside))[:, 0]
+        bin_width = torch.tensor((np.array(action["q99"]) - action["q01"]) / 255)
+        bin_width[6] = 2 / 255
+        assert ((back - inside).abs() <= bin_width * 1.01).all()
+        close_open = torch.tensor([[0.] * 6 + [-1.], [0.] * 6 + [1.]])
+        assert (policy.to_actions(policy.to_tokens(close_open))[:, 0, 6] - torch.tensor([-1., 1.])).abs().max() < 0.005
+    else:
+        assert (policy.unnormalize(policy.normalize(inside[:, None]))[:, 0] - inside).abs().max() < 1e-6
+    policy.save(tmp_path / "p")
+    assert policies.load_policy(tmp_path / "p").statistics == policy.statistics
+
+
+def test_official_gripper_zero_to_one(policy_pair):
+    policy = copy.deepcopy(policy_pair["openvla"])
+    policy.statistics = {"bridge_orig": {"action": dict(q01=[-.03] * 6 + [0.], q99=[.03] * 6 + [1.], mask=[True] * 6 + [False])}}
+    actions = torch.tensor([[0.] * 6 + [g] for g in (-1., 0., 1.)])
+    ids = policy.to_tokens(actions)
+    assert np.abs(policy.decode_tokens(ids)[:, 6] - [0, .5, 1]).max() < 0.005      # as the official model writes it
+    assert (policy.to_actions(ids)[:, 0, 6] - actions[:, 6]).abs().max() < 0.01
+
+
+def test_tiny_tokenizers_have_the_official_structure(policy_pair):
+    policy = policy_pair["openvla"]
+    ids, mask = policy.prompt(["Open the DRAWER", "zap qux 42"])
+    vocab = policy.tokenizer.get_vocab()
+    assert policy.tokenizer.get_vocab_size() == policy.vocab and (ids[:, 0] == vocab["<s>"]).all() and vocab["<s>"] == 1
+    assert (ids[:, -1] == vocab["▁"]).all() and vocab["</s>"] == policy.eos == 2 and mask[:, 0].all()
+    assert all(vocab[chr(0xE000 + i)] == policy.vocab - 256 + i for i in range(256))
+    assert vocab["<unk>"] not in ids[0].tolist() + ids[1].tolist()
+    text = policy.tokenizer.decode(ids[0, 1:].tolist(), skip_special_tokens=False).replace(" ", "").replace("▁", " ")
+    assert text.strip() == "In: What action should the robot take to open the drawer?\nOut:"
+    policy.encode = lambda text: [5, vocab["▁"]]                  # a tokenizer that already ends in the lone space
+    assert policy.prompt(["x"])[0].tolist() == [[1, 5, vocab["▁"]]]
+    del policy.encode
+    assert policy_pair["pi05"].prompt(["open_the drawer"])[0][0, 0] == 2
+
+
+def test_images_of_other_sizes_are_resized(policy_pair):
+    images, texts = policy_batch(2, pixels=80)
+    for policy in policy_pair.values():
+        assert policy.act(images[:, :60], texts).actions.shape[0] == 2
+    crop = policies.make_tiny("openvla", center_crop=True)
+    small = policies.center_crop_90(policies.resize_lanczos3(images, 64), 64)
+    assert torch.equal(crop.pixels(torch.from_numpy(images)), policy_pair["openvla"].pixels(torch.from_numpy(small)))
+
+
+def test_discrete_state_prompt_matters():
+    policy = policies.make_tiny("pi05", discrete_state=True)
+    reach = [1.0] * 8
+    policy.set_statistics("lab", {"action": {"q01": [-1] * 7, "q99": [1] * 7}, "state": {"q01": [-1] * 8, "q99": reach}})
+    images, texts = policy_batch(2)
+    state = np.zeros((2, 8), np.float32)
+    a = policy.act(images, texts, state=state, generator=policy_generator(0))
+    b = policy.act(images, texts, state=state + 0.5, generator=policy_generator(0))
+    assert (a.value - b.value).abs().min() > 1e-6
+    assert (policy.evaluate(images, texts, a.trace, state=state)[0] - a.logp).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="state: got None"):
+        policy.act(images, texts)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_save_and_load_give_identical_actions(tmp_path, name, rank):
+    policies.make_tiny(name, seed=1).save(tmp_path / "a")
+    settings = dict(temperature=0.7) if name == "openvla" else dict(steps=3, sampler="flow_sde")
+    policy = policies.load_policy(tmp_path / "a", lora_rank=rank, **settings)
+    with torch.no_grad():
+        for key, p in policy.named_parameters():
+            p += 0.02 * torch.randn(p.shape, generator=policy_generator(2))
+    policy.save(tmp_path / "b")
+    again = policies.load_policy(tmp_path / "b")
+    assert policy_same_state(policy, again) and again.settings == json.loads(json.dumps(policy.settings))
+    images, texts = policy_batch(3)
+    a = policy.act(images, texts, generator=policy_generator(0))
+    b = again.act(images, texts, generator=policy_generator(0))
+    assert torch.equal(a.actions, b.actions) and torch.equal(a.logp, b.logp) and torch.equal(a.value, b.value)
+    assert {key for key, p in policy.named_parameters() if p.requires_grad} == {
+        key for key, p in again.named_parameters() if p.requires_grad}
+    again.save(tmp_path / "b")                                   # saving over itself is fine
+    keys = load_file(tmp_path / "b" / "model.safetensors").keys()
+    assert not any("value_head" in key or "lora" in key for key in keys)
+    stem = "vision_backbone.featurizer." if name == "openvla" else "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
+    assert any(key.startswith(stem) for key in keys)
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_lora_merged_and_apart_agree(tmp_path, name):
+    policy_shaken(policies.make_tiny(name)).save(tmp_path / "base")
+    policy = policies.load_policy(tmp_path / "base", lora_rank=4, lora_alpha=8)
+    images, texts = policy_batch(3)
+    before = policies.load_policy(tmp_path / "base").act(images, texts, generator=policy_generator(0))
+    assert torch.equal(before.actions, policy.act(images, texts, generator=policy_generator(0)).actions), "B = 0 at the start"
+    generator = policy_generator(0)
+    with torch.no_grad():
+        for module in policies.lora_modules(policy).values():
+            module.lora_B.weight.normal_(std=0.05, generator=generator)
+    apart = policy.evaluate(images, texts, before.trace)
+    policies.save_lora(policy, tmp_path / "adapter", base="../base")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 4
+    keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
+    assert all(re.fullmatch(r"base_model\.model\..*\.lora_[AB]\.weight", key) for key in keys)
+    state = policies.load_policy(tmp_path / "base").official_tensors()
+    assert {key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for key in keys} <= set(state)
+    policies.merge_lora(policy)
+    merged = policy.evaluate(images, texts, before.trace)
+    loaded = policies.load_policy(tmp_path / "adapter", merge=True)
+    assert not policies.lora_modules(loaded) and not policies.lora_modules(policy)
+    named = policies.load_policy(tmp_path / "base", adapter=tmp_path / "adapter")
+    for i in (0, 2):
+        assert (apart[i] - merged[i]).abs().max() < 1e-4 and (apart[i] - (before.logp, 0, before.value)[i]).abs().max() > 1e-4
+        assert (loaded.evaluate(images, texts, before.trace)[i] - merged[i]).abs().max() < 1e-4
+        assert (named.evaluate(images, texts, before.trace)[i] - apart[i]).abs().max() < 1e-5
+
+
+def test_sharded_bfloat16_checkpoint(tmp_path):
+    policy = policies.make_tiny("openvla")
+    policy.save(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tensors = {key: value.bfloat16() for key, value in load_file(tmp_path / "b/model.safetensors").items()}
+    tensors.update({"value_head.head_l1.weight": torch.zeros(2, 2), "proprio_projector.fc1.weight": torch.zeros(2, 2)})
+    (tmp_path / "b/model.safetensors").unlink()
+    keys, weight_map = list(tensors), {}
+    for part in range(3):
+        name = f"model-0000{part + 1}-of-00003.safetensors"
+        save_file({key: tensors[key] for key in keys[part::3]}, tmp_path / "b" / name)
+        weight_map.update({key: name for key in keys[part::3]})
+    (tmp_path / "b/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loaded = policies.load_policy(tmp_path / "b")
+    expected = {key: value.bfloat16().float() for key, value in policy.official_tensors().items()}
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.official_tensors().items())
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    with pytest.raises(ValueError, match="another name"):
+        loaded.save(tmp_path / "b")
+    (tmp_path / "b" / name).unlink()
+    with pytest.raises(ValueError, match="model-00003-of-00003"):
+        policies.load_policy(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_saved_folder_has_what_other_loaders_read(tmp_path, name):
+    """tokenizer_config.json lets AutoTokenizer read the folder; the official ones of a source folder are passed on."""
+    from transformers import AutoTokenizer
+    policy = policies.make_tiny(name)
+    policy.save(tmp_path / "a")
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "a"), "In: What action should the robot take to x?\nOut:"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == ((1, 2) if name == "openvla" else (2, 1))
+    assert tokenizer(text, add_special_tokens=False).input_ids == policy.encode(text)
+    policies.write_json(tmp_path / "a/tokenizer_config.json", {"tokenizer_class": "LlamaTokenizerFast"})
+    policies.load_policy(tmp_path / "a").save(tmp_path / "b")
+    assert json.loads((tmp_path / "b/tokenizer_config.json").read_text()) == {"tokenizer_class": "LlamaTokenizerFast"}
+
+
+def test_openvla_processor_files_are_the_official_ones(tmp_path, policy_openvla_a):
+    policy_openvla_a[0].save(tmp_path / "a")
+    for name, left_out in (("generation_config.json", {"_from_model_config", "transformers_version"}),
+                           ("preprocessor_config.json", {"tvf_crop_params", "tvf_do_letterbox", "tvf_letterbox_fill",
+                                                         "tvf_normalize_params", "tvf_resize_params"})):
+        ours, official = (json.loads((folder / name).read_text()) for folder in (tmp_path / "a", POLICY_FIXTURES / "openvla_a"))
+        assert official.keys() - ours.keys() == left_out         # derived by the loader from the others
+        assert all(official[key] == value for key, value in ours.items())
+
+
+def test_wrong_tensors_are_all_listed(tmp_path):
+    policies.make_tiny("openvla").save(tmp_path / "p")
+    tensors = load_file(tmp_path / "p/model.safetensors")
+    del tensors["projector.fc1.bias"], tensors["language_model.model.norm.weight"]
+    tensors["projector.fc9.bias"] = torch.zeros(3)
+    tensors["projector.fc2.bias"] = torch.zeros(5)
+    save_file(tensors, tmp_path / "p/model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        policies.load_policy(tmp_path / "p")
+    for text in ("4 problems", "missing projector.fc1.bias", "missing language_model.model.norm.weight",
+                 "unexpected projector.fc9.bias", "misshapen projector.fc2.bias: (5,), not (128,)"):
+        assert text in str(caught.value)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------------
+
+def policy_message(call, *words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    text = str(caught.value)
+    for word in ("got", "need", "try", *words):
+        assert word in text, (word, text)
+    return text
+
+
+def test_errors_of_loading(tmp_path, monkeypatch):
+    policy_message(lambda: policies.load_policy("opnvla"), "'opnvla'", "openvla", "pi05")
+    monkeypatch.setitem(policies.BUNDLED, "openvla", tmp_path / "nowhere")
+    policy_message(lambda: policies.load_policy("openvla"), "nowhere", "make_tiny")
+    (tmp_path / "empty").mkdir()
+    policy_message(lambda: policies.load_policy(tmp_path / "empty"), "config.json")
+    policies.make_tiny("pi05").save(tmp_path / "p")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", sampler="flow_cps"), "flow_cps", "flow_noise")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", sampleer="x"), "sampleer", "sampler")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", chunk=9), "chunk")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", freeze="eyes"), "eyes", "vision")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", lora_rank=2, lora_targets=("nope",)), "nope")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", dtype="float16"), "float16")
+    policy_message(lambda: policies.load_policy(tmp_path / "p", unnorm_key="mars").stats, "mars", "placeholder")
+    policy_message(lambda: policies.make_tiny("tiny"), "openvla", "pi05")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: False)
+    policy_message(lambda: policies.check_device("cuda", "bfloat16"), "bfloat16 on cuda", "float32")
+    policy_message(lambda: policies.check_device("mps", "bfloat16"), "bfloat16 on mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    policy_message(lambda: policies.check_device("cuda", "float32"), "cuda", "cpu")
+    weights = tmp_path / "p/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    policy_message(lambda: policies.load_policy(tmp_path / "p"), "model.safetensors", "downloading")
+    weights.unlink()
+    policy_message(lambda: policies.load_policy(tmp_path / "p"), "safetensors")
+    (tmp_path / "p/config.json").write_text("{}")
+    policy_message(lambda: policies.load_policy(tmp_path / "p"), "model_type")
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_errors_of_inputs(policy_pair, name):
+    policy = policy_pair[name]
+    images, texts = policy_batch(3)
+    actions = policy_actions(3)
+    policy_message(lambda: policy.act(images.astype(np.float32) / 255, texts), "float32", "uint8")
+    nan = np.full((3, 64, 64, 3), np.nan, np.float32)
+    policy_message(lambda: policy.act(nan, texts), "NaN")
+    policy_message(lambda: policy.act(images[..., :2], texts), "(3, 64, 64, 2)")
+    policy_message(lambda: policy.act(images[0], texts), "(64, 64, 3)")
+    policy_message(lambda: policy.act(images, texts[:2]), "of 2", "3 non-empty")
+    policy_message(lambda: policy.act(images, "open the drawer"), "str", "list")
+    policy_message(lambda: policy.act(images, ["a", " ", "b"]), "[1]")
+    policy_message(lambda: policy.bc_loss(images, texts, actions[..., :6]), "(3, 8, 6)", "gripper")
+    policy_message(lambda: policy.bc_loss(images, texts, actions, torch.zeros(3, 3)), "pad", "(3, 8)")
+    bad = actions.clone()
+    bad[1, 0, 2] = math.nan
+    policy_message(lambda: policy.bc_loss(images, texts, bad), "samples [1]")
+    features = policy.encode_images(images).detach().clone()
+    features.flatten()[0] = math.nan
+    policy_message(lambda: policy.act(features, texts), "features", "NaN")
+    text = policy_message(lambda: policy.bc_loss(images[..., :1], ["", "b"], actions[:2]), "images", "instructions", "actions")
+    assert len(text.splitlines()) == 3, "all offenders at once"
+    bare = copy.deepcopy(policy)
+    bare.tokenizer = None
+    policy_message(lambda: bare.act(images, texts), "tokenizer.json", bare.home)
+    bare.statistics = {}
+    policy_message(lambda: bare.stats, "set_statistics")
+    bare.statistics = {"a": policy.stats, "b": policy.stats}
+    policy_message(lambda: bare.stats, "'a', 'b'")
+    policy_message(lambda: bare.set_statistics("x", {"action": {"q01": [1] * 6, "q99": [1] * 6}}), "7 finite")
+
+
+# ---- mutants: each broken formula must be noticed by an oracle above ------------------------------------------------------
+
+def policy_mutant(owner, function, old, new):
+    """Replace `old` by `new` in the source of owner.function and return the changed function."""
+    source = inspect.getsource(getattr(owner, function))
+    assert source.count(old) >= 1, f"the mutant no longer applies to {function}"
+    source = "\n".join(line[4:] if line.startswith("    ") else line for line in source.replace(old, new).splitlines())
+    space = dict(vars(policies))
+    exec(source, space)
+    return space[function]
+
+
+def policy_ode_oracle(policy):
+    """With flow_noise the mean of a step is x - d v, whatever x and v."""
+    x, v = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    mean, std = policy.transition(x, v, torch.zeros(2, 4, 8, 96), torch.arange(4).expand(2, -1))
+    return bool((mean - (x - v / 4)).abs().max() < 1e-5) and bool(((std > 0.08) & (std < 0.16)).all())
+
+
+def policy_agreement_oracle(policy):
+    images, texts = policy_batch(5)
+    decision = policy.act(images, texts, generator=policy_generator(0))
+    row = {key: part[:1] for key, part in decision.trace.items()}
+    logp, _, value = policy.evaluate(images[:1], texts[:1], row)
+    return bool((policy.evaluate(images, texts, decision.trace)[0] - decision.logp).abs().max() < 1e-4 and
+                (logp - decision.logp[:1]).abs().max() < 1e-4 and (value - decision.value[:1]).abs().max() < 1e-4)
+
+
+def policy_time_oracle(policy):
+    t, half = torch.tensor([[0.3]], dtype=torch.float64), 48
+    angle = 2 * math.pi * 0.3 / (4e-3 * 1000 ** (np.arange(half) / (half - 1)))
+    e = torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)])).float()
+    expected = F.silu(policy.time_mlp_out(F.silu(policy.time_mlp_in(e))))
+    return bool((policy.time_embedding(t)[0, 0] - expected).abs().max() < 1e-6)
+
+
+def policy_tables_oracle(policy):
+    ids = policy.encode_values(policies.BIN_CENTRES)
+    good = np.allclose(policy.decode_tokens(ids), policies.BIN_CENTRES, atol=1e-9)
+    return bool(good and policy.encode_values([1.0])[0] == policy.vocab - 256 and policy.encode_values([-1.0])[0] == policy.vocab - 1)
+
+
+POLICY_MUTANTS = [
+    ("pi05", "transition", "(x - t * v)", "(x + t * v)", policy_ode_oracle, "sign of the velocity"),
+    ("pi05", "transition", "(x + (1 - t) * v)", "(x + t * v)", policy_ode_oracle, "noise end of the path"),
+    ("pi05", "transition", "+ 1) / 2) / 2).exp()", "+ 1) / 2)).exp()", policy_ode_oracle, "log-variance taken as log-std"),
+    ("pi05", "chain_logp", "- std.log() ", "", policy_logp_oracle, "normaliser of the Gaussian"),
+    ("pi05", "chain_logp", "/ (x.shape[1] + 1)", "/ x.shape[1]", policy_logp_oracle, "mean over steps + 1 factors"),
+    ("pi05", "chain_logp", "slice(ACTION_DIM)", "slice(None)", policy_logp_oracle, "padding dimensions in the likelihood"),
+    ("pi05", "velocity", "(block[:, None] == block)", "(block[:, None] >= block)", policy_agreement_oracle, "chunks see others"),
+    ("pi05", "velocity", "valid.sum(1, keepdim=True) + ", "valid.shape[1] + 0 * valid.sum(1, keepdim=True) + ",
+     policy_agreement_oracle, "positions count the padding"),
+    ("pi05", "pooled", " * valid[..., None]", "", policy_agreement_oracle, "value averages padding in"),
+    ("pi05", "time_embedding", "return F.silu(self.time_mlp_out", "return (self.time_mlp_out", policy_time_oracle, "final silu"),
+    ("pi05", "time_embedding", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]", policy_time_oracle, "sines first"),
+    ("openvla", "hidden", "valid.cumsum(1) - 1", "torch.arange(x.shape[1]).expand(len(x), -1)", policy_agreement_oracle,
+     "positions count the padding"),
+    ("openvla", "hidden", " & valid[:, None, None]", "", policy_agreement_oracle, "padding is attended"),
+    ("openvla", "evaluate", "tokens[:, :-1]", "tokens[:, 1:]", policy_agreement_oracle, "teacher forcing off by one"),
+    ("openvla", "act", "valid.sum(1, keepdim=True) - 1", "valid.sum(1, keepdim=True)", policy_agreement_oracle, "decode position"),
+    ("openvla", "encode_values", "self.vocab - np", "self.vocab - 1 - np", policy_tables_oracle, "token ids shifted"),
+    ("openvla", "decode_tokens", "- 1, 0, 254", "- 2, 0, 254", policy_tables_oracle, "bin centres shifted"),
+]
+
+
+@pytest.mark.parametrize("name, function, old, new, oracle, label", POLICY_MUTANTS, ids=[m[-1] for m in POLICY_MUTANTS])
+def test_policy_mutants_die(name, function, old, new, oracle, label):
+    policy = policy_shaken(policies.make_tiny(name, seed=2), seed=4)
+    assert oracle(policy), "the oracle must accept the real code"
+    mutant = policy_mutant(type(policy), function, old, new)
+    setattr(policy, function, mutant.__get__(policy))
+    assert not oracle(policy), f"nobody noticed: {label}"
+
+
+# ---- the demo
+
+def test_policies_demo_runs_and_checks_itself():
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, policies.__file__], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert time.perf_counter() - start < 40                      # 20 s on an idle core; test machines are shared
+    assert all(word in run.stdout for word in ("openvla", "pi05", "evaluate", "agree"))
+
+
+# ---------------------------------------------------------------------------------------------------- real_data
+
+DATA_SOURCE = pathlib.Path(real_data.__file__)
+DATA_TASKS = ("open the drawer", "close the drawer")
+
+
+# -- toy data sets
+
+def data_images(seed, length, size=16):
+    """Smooth pictures that differ from frame to frame, so that a shifted or doubled frame is noticed."""
+    y, x = np.mgrid[0:size, 0:size] / size
+    t = (np.arange(length) * 23 + seed * 41)[:, None, None]
+    return np.abs(np.stack([t + 120 * x, 3 * t + 90 * y, 150 - t + 60 * x * y], -1) % 400 - 200).astype(np.uint8)
+
+
+def data_episode(number, length, size=16, action_dim=7):
+    rng = np.random.default_rng(number)
+    actions = rng.normal(0, .02, (length, action_dim)).astype(np.float32)
+    actions[:, -1] = np.where(rng.random(length) < .5, -1, 1)
+    return (data_images(number, length, size), rng.normal(size=(length, 8)).astype(np.float32), actions,
+            DATA_TASKS[number % 2])
+
+
+def data_write(folder, lengths=(6, 9, 5, 7), size=16, **options):
+    """A v3.0 set by the writer under test; returns its episodes."""
+    episodes = [data_episode(number, length, size) for number, length in enumerate(lengths)]
+    numbered = ((*episode, 100 + number) for number, episode in enumerate(episodes))
+    real_data.write_dataset(folder, numbered, fps=10, **options)
+    return episodes
+
+
+def data_mp4(path, images, fps=10, extra=()):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = imageio_ffmpeg.write_frames(str(path), images.shape[2:0:-1], fps=fps, codec="libx264", quality=None,
+                                         macro_block_size=1, pix_fmt_out="yuv420p", output_params=["-g", "2", *extra])
+    writer.send(None)
+    for image in images:
+        writer.send(np.ascontiguousarray(image))
+    writer.close()
+
+
+def data_png(image):
+    import io
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "png")
+    return out.getvalue()
+
+
+def data_write_v21(folder, lengths=(6, 9, 5, 7), size=16, fps=10, chunks=2):
+    """A v2.1 set as the format's description has it: `image` h264, `wrist_image` PNG bytes, `state`, `actions`."""
+    episodes = [data_episode(number, length, size) for number, length in enumerate(lengths)]
+    meta, start = folder / "meta", 0
+    meta.mkdir(parents=True)
+    rows = []
+    for number, (images, states, actions, text) in enumerate(episodes):
+        length, place = len(images), f"chunk-{number // chunks:03d}"
+        data_mp4(folder / f"videos/{place}/image/episode_{number:06d}.mp4", images, fps)
+        table = pa.table({
+            "wrist_image": pa.array([dict(bytes=data_png(255 - image), path=f"{k}.png")
+                                     for k, image in enumerate(images)]),
+            "state": pa.array(states.tolist(), pa.list_(pa.float32(), 8)),
+            "actions": pa.array(actions.tolist(), pa.list_(pa.float32())),           # variable-size list: as old sets
+            "timestamp": pa.array((np.arange(length) / fps).astype(np.float32)),
+            "frame_index": np.arange(length), "episode_index": np.full(length, number),
+            "index": start + np.arange(length), "task_index": np.full(length, DATA_TASKS.index(text))})
+        path = folder / f"data/{place}/episode_{number:06d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+        rows.append(dict(episode_index=number, tasks=[text], length=length))
+        start += length
+    (meta / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (meta / "tasks.jsonl").write_text("".join(json.dumps(dict(task_index=k, task=text)) + "\n"
+                                              for k, text in enumerate(DATA_TASKS)))
+    picture = dict(shape=[size, size, 3], names=["height", "width", "channel"])
+    scalar = {key: dict(dtype="int64", shape=[1], names=None)
+              for key in ("frame_index", "episode_index", "index", "task_index")}
+    (meta / "info.json").write_text(json.dumps(dict(
+        codebase_version="v2.1", robot_type=None, fps=fps, total_episodes=len(lengths), total_frames=start,
+        total_tasks=2, total_videos=len(lengths), total_chunks=2, chunks_size=chunks, splits=dict(train="0:4"),
+        data_path="data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+        features=dict(scalar, wrist_image=dict(picture, dtype="image"), image=dict(picture, dtype="video"),
+                      state=dict(dtype="float32", shape=[8], names=None),
+                      actions=dict(dtype="float32", shape=[7], names=None),
+                      timestamp=dict(dtype="float32", shape=[1], names=None)))))
+    return episodes
+
+
+def data_decoded(path):
+    """All frames of an mp4 by a second route: ffmpeg's whole output at once."""
+    raw = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt",
+                          "rgb24", "-fps_mode", "passthrough", "-"], capture_output=True, check=True).stdout
+    return np.frombuffer(raw, np.uint8).reshape(-1, 16, 16, 3)
+
+
+def data_fixture(name):
+    root = os.environ.get("REFERENCE_FIXTURES")
+    if not root or not (pathlib.Path(root) / name).exists():
+        pytest.skip(f"set REFERENCE_FIXTURES to the folder that holds {name}")
+    return pathlib.Path(root) / name
+
+
+def data_all(demos):
+    return demos.batch(np.arange(len(demos)))
+
+
+# -- reading
+
+def data_check_fixture(module, cache):
+    """The reference data set against what the official reader returned for it."""
+    folder, truth = data_fixture("lerobot_v30"), np.load(data_fixture("lerobot_v30_truth.npz"))
+    for camera, frames in (("front", "decoded_cam0"), ("observation.images.wrist", "decoded_cam1")):
+        batch = data_all(module.open_dataset(folder, None, 4, camera, action_dim=None, cache_dir=cache / camera))
+        assert (batch["images"] == truth[frames]).all()
+        assert (batch["actions"] == truth["action_chunk4"]).all() and batch["actions"].dtype == np.float32
+        assert (batch["pad"] == truth["action_chunk4_is_pad"]).all()
+        assert (batch["state"] == truth["state"]).all()
+        assert batch["instructions"] == truth["task"].tolist()
+    both = module.open_dataset(folder, None, 4, ["wrist", "front"], action_dim=None, cache_dir=cache)
+    assert (data_all(both)["images"] == np.stack([truth["decoded_cam1"], truth["decoded_cam0"]], 1)).all()
+    assert both.select([2, 0]).episodes.tolist() == [2, 0]
+    assert (both.select([2, 0]).actions == truth["action"][np.r_[15:20, 0:6]]).all()
+
+
+def test_data_v30_fixture_is_read_bit_exactly(tmp_path):
+    data_check_fixture(real_data, tmp_path)
+
+
+def test_data_v21_video_and_png(tmp_path):
+    episodes = data_write_v21(tmp_path / "set")
+    demos = real_data.open_dataset(tmp_path / "set", None, 3, ["image", "wrist_image"], cache_dir=tmp_path / "cache")
+    batch = data_all(demos)
+    videos = np.concatenate([data_decoded(path) for path in sorted((tmp_path / "set/videos").rglob("*.mp4"))])
+    assert (batch["images"][:, 0] == videos).all()
+    assert (batch["images"][:, 1] == np.concatenate([255 - episode[0] for episode in episodes])).all()
+    assert (demos.actions == np.concatenate([episode[2] for episode in episodes])).all()
+    assert (demos.states == np.concatenate([episode[1] for episode in episodes])).all()
+    assert batch["instructions"] == [episode[3] for episode in episodes for _ in episode[0]]
+    default = real_data.open_dataset(tmp_path / "set", None, cache_dir=tmp_path / "cache")
+    assert default.recording.cameras == ["image"] and data_all(default)["images"].shape == (27, 16, 16, 3)   # not the wrist
+    named = real_data.open_dataset(tmp_path / "set", None, cameras="image", action_key="state", state_key="actions",
+                                   action_dim=8, cache_dir=tmp_path / "cache")
+    assert (named.actions == demos.states).all() and (named.states == demos.actions).all()
+
+
+def test_data_b_frames_come_in_display_order(tmp_path):
+    data_write_v21(tmp_path / "set")
+    path = tmp_path / "set/videos/chunk-000/image/episode_000001.mp4"
+    data_mp4(path, data_images(1, 9), extra=("-bf", "3", "-g", "9"))
+    demos = real_data.open_dataset(tmp_path / "set", None, cache_dir=tmp_path / "cache").select([1])
+    assert np.abs(data_all(demos)["images"].astype(int) - data_images(1, 9)).mean() < 4
+
+
+def test_data_windows_against_the_definition(tmp_path):
+    data_write(tmp_path / "set")
+    demos = real_data.open_dataset(tmp_path / "set", None, 4, cache_dir=tmp_path / "cache").select([3, 1])
+    batch, lengths, k = data_all(demos), (7, 9), 0
+    for number, length in zip((3, 1), lengths):
+        actions = data_episode(number, length)[2]
+        for t in range(length):
+            for h in range(4):
+                assert (batch["actions"][k, h] == actions[min(t + h, length - 1)]).all()
+                assert batch["pad"][k, h] == (t + h >= length)
+            k += 1
+    assert k == len(demos)
+
+
+def test_data_split_is_by_episode(tmp_path):
+    data_write(tmp_path / "set", lengths=(3,) * 10)
+    demos = real_data.open_dataset(tmp_path / "set", None, cache_dir=tmp_path / "cache")
+    train, held = demos.split(.2, seed=1)
+    assert len(held.episodes) == 2 and len(train) == 24
+    assert sorted([*train.episodes, *held.episodes]) == list(range(10))
+    assert (demos.split(.2, seed=1)[1].episodes == held.episodes).all()
+    assert demos.split(0) == (demos, None)
+    assert held.scenes.tolist() == (100 + held.episodes).tolist()
+    for wrong in (1, -.1):
+        with pytest.raises(ValueError, match="share below 1"):
+            demos.split(wrong)
+    with pytest.raises(ValueError, match="need one or more of 0-9"):
+        demos.select([3, 11])
+
+
+def test_data_resize_equals_the_official_pixels():
+    truth = np.load(data_fixture("pi05_preproc") / "preproc.npz")
+    for name in ("img_wide", "img_tall"):
+        for size in (56, 224):
+            assert (real_data.resize(truth[name], size, "pad") == truth[f"{name}_openpi_pil_{size}"]).all()
+    image = truth["img_wide"]
+    assert (real_data.resize(image, 32, "stretch") == np.asarray(
+        Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))).all()
+    square = image[:, :60]
+    assert real_data.resize(square, 60, "pad") is square
+
+
+# -- writing
+
+@pytest.mark.parametrize("options", [dict(), dict(video_mb=0)])
+def test_data_round_trip_and_roll_over(tmp_path, options):
+    episodes = data_write(tmp_path / "set", size=32, **options)
+    files = [len(list((tmp_path / "set").rglob(f"file-*.{kind}"))) for kind in ("parquet", "mp4")]
+    assert files == [2, 4 if options else 1]                          # one of the parquet files is meta/episodes
+    demos = real_data.open_dataset(tmp_path / "set", None, cache_dir=tmp_path / "cache")
+    batch = data_all(demos)
+    for key, column in (("images", 0), ("state", 1)):
+        original = np.concatenate([episode[column] for episode in episodes])
+        if key == "state":
+            assert (batch[key] == original).all()
+        else:
+            assert np.abs(batch[key].astype(int) - original).mean() < 3 and batch[key].shape == original.shape
+    assert (demos.actions == np.concatenate([episode[2] for episode in episodes])).all()
+    assert demos.instructions.tolist() == [episode[3] for episode in episodes for _ in episode[0]]
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"]) == (4, 27, 2)
+    table = pq.read_table(tmp_path / "set/meta/tasks.parquet")
+    assert json.loads(table.schema.metadata[b"pandas"])["index_columns"] == ["task"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_data_writer_refuses_and_leaves_nothing(tmp_path):
+    images, states, actions, text = data_episode(0, 6)
+    bad = actions.copy()
+    bad[2, 1] = np.nan
+    with pytest.raises(ValueError) as error:
+        real_data.write_dataset(tmp_path / "set", [(*data_episode(1, 6), -1), (images[:, :15], states[:5], bad, " ", -1)], 10)
+    for part in ("episode 1", "images uint8", "observation.state", "action", "instruction missing"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="zero episodes"):
+        real_data.write_dataset(tmp_path / "set", [], 10)
+
+    def interrupted():
+        yield images, states, actions, text, -1
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        real_data.write_dataset(tmp_path / "set", interrupted(), 10)
+    assert list(tmp_path.iterdir()) == []
+    data_write(tmp_path / "set")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="exists already"):
+        real_data.write_dataset(tmp_path / "set", [(images, states, actions, text, -1)], 10)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# -- bad data: every offender at once, nothing written
+
+def data_edit(path, column, change):
+    """Rewrites one column of a parquet file; change gets and returns a list."""
+    table = pq.ParquetFile(path).read()
+    values = change(table[column].to_pylist())
+    place = table.column_names.index(column)
+    kind = table.schema.field(column).type
+    if pa.types.is_fixed_size_list(kind):
+        kind = pa.list_(pa.float32())
+    pq.write_table(table.set_column(place, column, pa.array(values, kind)), path)
+
+
+def data_set(values, row, value):
+    values[row] = value
+    return values
+
+
+def data_edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        content[key] = value
+    path.write_text(json.dumps(content))
+
+
+def data_other_size(folder):
+    data_mp4(folder / "videos/chunk-001/image/episode_000003.mp4", data_images(3, 7, 32))
+
+
+def data_cut_video(folder):
+    data_mp4(folder / "videos/chunk-000/image/episode_000001.mp4", data_images(1, 8))
+
+
+def data_slow_video(folder):
+    data_mp4(folder / "videos/chunk-000/image/episode_000001.mp4", data_images(1, 9), fps=9)
+
+
+def data_rot_video(folder):
+    path = folder / "videos/chunk-000/image/episode_000001.mp4"
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") - 4
+    end = start + int.from_bytes(content[start:start + 4], "big")    # the last pictures lie just before
+    content[end - 90:end] = b"\xff" * 90
+    path.write_bytes(content)
+
+
+V21_FILE = "data/chunk-000/episode_{:06d}.parquet"
+V21_FAULTS = {
+    "action size": (lambda f: data_edit(f / V21_FILE.format(1), "actions", lambda v: data_set(v, 3, [0.] * 6)),
+                    "actions of another size.*: episode 1"),
+    "nan": (lambda f: data_edit(f / V21_FILE.format(0), "actions", lambda v: data_set(v, 2, [0.] * 6 + [np.nan])),
+            "non-finite actions: episode 0"),
+    "inf state": (lambda f: data_edit(f / V21_FILE.format(1), "state", lambda v: data_set(v, 0, [np.inf] * 8)),
+                  "non-finite states: episode 1"),
+    "no video": (lambda f: (f / "videos/chunk-000/image/episode_000001.mp4").unlink(), "video file missing: episode 1"),
+    "short video": (data_cut_video, "frames missing.*: episode 1"),
+    "slow video": (data_slow_video, "timestamps out of tolerance.*: episode 1"),
+    "rotten video": (data_rot_video, "cannot be decoded: episode 1"),
+    "other size": (data_other_size, r"images of another size, \(32, 32\).*: episode 3"),
+    "png size": (lambda f: data_edit(f / V21_FILE.format(0), "wrist_image", lambda v: data_set(
+        v, 1, dict(bytes=data_png(data_images(0, 1, 8)[0]), path=""))), r"wrist_image: images of another size, \(8, 8\).*: episode 0"),
+    "png cut": (lambda f: data_edit(f / V21_FILE.format(1), "wrist_image", lambda v: data_set(
+        v, 1, dict(bytes=v[1]["bytes"][:60], path=""))), "wrist_image: frames that cannot be decoded: episode 1"),
+    "png gone": (lambda f: data_edit(f / V21_FILE.format(1), "wrist_image", lambda v: data_set(
+        v, 1, dict(bytes=None, path="x.png"))), "wrist_image: frames that cannot be decoded: episode 1"),
+    "clock": (lambda f: data_edit(f / V21_FILE.format(1), "timestamp", lambda v: data_set(v, 4, .4003)),
+              "timestamps out of tolerance: not 1/fps.*: episode 1"),
+    "no rows": (lambda f: (f / V21_FILE.format(1)).unlink(), "data file.*missing.*: episode 1"),
+    "lost row": (lambda f: pq.write_table(pq.read_table(f / V21_FILE.format(1)).slice(0, 8), f / V21_FILE.format(1)),
+                 "rows missing.*: episode 1"),
+    "no text": (lambda f: (f / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "open"}\n'),
+                "instruction missing: episode 1, 3"),
+    "blank text": (lambda f: (f / "meta/tasks.jsonl").write_text(
+        '{"task_index": 0, "task": " "}\n{"task_index": 1, "task": "x"}\n'), "instruction missing: episode 0, 2"),
+    "zero episodes": (lambda f: (f / "meta/episodes.jsonl").write_text(""), "zero episodes"),
+    "version": (lambda f: data_edit_json(f / "meta/info.json", codebase_version="v9.1"), "unknown LeRobot version 'v9.1'"),
+    "no meta": (lambda f: (f / "meta/info.json").unlink(), "info.json"),
+    "no tasks": (lambda f: (f / "meta/tasks.jsonl").unlink(), "tasks.jsonl"),
+}
+
+
+@pytest.mark.parametrize("fault", V21_FAULTS)
+def test_data_faults_are_named(tmp_path, fault):
+    data_write_v21(tmp_path / "set")
+    damage, message = V21_FAULTS[fault]
+    damage(tmp_path / "set")
+    with pytest.raises(ValueError, match=message):
+        real_data.open_dataset(tmp_path / "set", 8, cameras=["image", "wrist_image"], cache_dir=tmp_path / "cache")
+    left = list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else []
+    assert [path for path in left if path.suffix != ".lock"] == []
+
+
+def test_data_all_faults_in_one_message(tmp_path):
+    data_write_v21(tmp_path / "set")
+    for fault in ("nan", "action size", "clock", "other size", "no text", "no video"):
+        V21_FAULTS[fault][0](tmp_path / "set")
+    with pytest.raises(ValueError) as error:
+        real_data.open_dataset(tmp_path / "set", 8, action_dim=5, cache_dir=tmp_path / "cache")
+    for part in ("non-finite actions: episode 0", "actions of another size", "not 1/fps = 0.1 s apart: episode 1",
+                 "(32, 32)", "instruction missing: episode 1, 3", "video file missing: episode 1", "size 7, need 5"):
+        assert part in str(error.value), part
+    assert not (tmp_path / "cache").exists()
+
+
+def test_data_arguments_and_features_are_checked(tmp_path):
+    data_write_v21(tmp_path / "set")
+    for options, message in ((dict(cameras="front"), "unknown: .'front'"), (dict(action_key="a"), "no feature a for the actions"),
+                             (dict(cameras=["image"] * 4), "need 1 to 3"), (dict(fit="crop"), "stretch or pad"),
+                             (dict(horizon=0), "horizon"), (dict(action_dim=6), "size 7, need 6")):
+        with pytest.raises(ValueError, match=message):
+            real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache", **options)
+    with pytest.raises(ValueError, match="no such folder"):
+        real_data.open_dataset(tmp_path / "nothing", 8)
+
+
+def test_data_hub_offline_says_how_to_download(monkeypatch):
+    import huggingface_hub
+
+    def offline(name, repo_type):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="hf download some/robot-data --repo-type dataset --local-dir robot-data"):
+        real_data.open_dataset("some/robot-data", 64)
+
+
+def test_data_hub_id_is_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    data_write(tmp_path / "set")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, repo_type: str(tmp_path / "set"))
+    assert len(real_data.open_dataset("some/robot-data", 8, cache_dir=tmp_path / "cache")) == 27
+
+
+# -- the cache
+
+def data_python(code, *args, **options):
+    environment = dict(os.environ, PYTHONPATH=str(DATA_SOURCE.parent), OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def data_npy(cache):
+    return sorted(path.name for path in cache.glob("*") if path.suffix != ".lock")
+
+
+def test_data_cache_is_keyed_by_content_and_size(tmp_path, monkeypatch):
+    data_write(tmp_path / "set")
+    open_it = lambda size=8, **options: real_data.open_dataset(tmp_path / "set", size, cache_dir=tmp_path / "cache", **options)
+    demos = open_it()
+    first = data_npy(tmp_path / "cache")
+    with monkeypatch.context() as patch:                             # a second opening decodes nothing
+        patch.setattr(real_data, "fill_cache", lambda *_: pytest.fail("decoded again"))
+        open_it()
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")             # the same data in another place: the same file
+    real_data.open_dataset(tmp_path / "copy", 8, cache_dir=tmp_path / "cache")
+    assert data_npy(tmp_path / "cache") == first and len(first) == 1
+    open_it(10)
+    open_it(10, fit="pad")
+    assert len(data_npy(tmp_path / "cache")) == 3
+    video = next((tmp_path / "set").rglob("*.mp4"))
+    stat = video.stat()
+    data_mp4(video, np.concatenate([data_images(9, 27)]))
+    os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns))         # new content under the old date
+    assert not (data_all(open_it())["images"] == data_all(demos)["images"]).all()
+    assert len(data_npy(tmp_path / "cache")) == 4
+
+
+def test_data_cache_two_builders_and_a_killed_one(tmp_path):
+    data_write(tmp_path / "set", lengths=(40,) * 4, size=32)
+    slow = ("import sys, time, real_data\nreal = real_data.resize\n"
+            "def slow(*a):\n    print('building', flush=True); time.sleep(float(sys.argv[2])); return real(*a)\n"
+            "real_data.resize = slow\n"
+            "print(len(real_data.open_dataset(sys.argv[1] + '/set', 8, cache_dir=sys.argv[1] + '/cache')))")
+    victim = data_python(slow, tmp_path, 5)
+    victim.stdout.readline()
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert [name.split(".")[-1] for name in data_npy(tmp_path / "cache")] == ["part"]
+    pair = [data_python(slow, tmp_path, .002) for _ in range(2)]
+    outputs = [process.communicate() for process in pair]
+    assert all(process.returncode == 0 for process in pair), outputs
+    assert sum("building" in out for out, _ in outputs) == 1         # the other one waited for it
+    assert [name.split(".")[-1] for name in data_npy(tmp_path / "cache")] == ["npy"]
+    demos = real_data.open_dataset(tmp_path / "set", None, cache_dir=tmp_path / "cache2")
+    small = real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache")
+    assert (data_all(small)["images"][37] == real_data.resize(data_all(demos)["images"][37], 8, "stretch")).all()
+
+
+def test_data_cache_full_disk_is_an_error(tmp_path, monkeypatch):
+    data_write(tmp_path / "set")
+    monkeypatch.setattr(real_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(ValueError, match="0.0 GB free, need"):
+        real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache")
+    assert data_npy(tmp_path / "cache") == []
+
+
+def test_data_memory_stays_bounded(tmp_path):
+    """Reads all of a 300 MB cache in random order, ten times: what was read must not stay in memory."""
+    code = """
+import sys, pathlib, numpy as np, real_data
+path, n = sys.argv[1] + "/frames.npy", 2000
+with open(path, "wb") as file:
+    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 1, 224, 224, 3)))
+    for _ in range(n):
+        file.write(bytes(range(256)) * (224 * 224 * 3 // 256))
+episodes = [real_data.Episode(e, 80, None, {}, -1, None, None, np.zeros((80, 7), np.float32),
+                              np.zeros((80, 8), np.float32), ["open the drawer"] * 80) for e in range(n // 80)]
+demos = real_data.Demos(real_data.Recording(pathlib.Path("."), {}, ["a"], {}, episodes, {}), path, 8)
+sampler = real_data.MixSampler(None, demos, 0, 32)
+def peak():
+    return int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0]) / 2**10
+before = peak()
+for _ in range(10 * n // 32):
+    next(sampler)
+print(peak() - before)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    out, error = data_python(code, tmp_path).communicate()
+    assert float(out) < 60, error                                    # MB
+
+
+# -- statistics
+
+def test_data_statistics_are_exact():
+    values = np.random.default_rng(0).normal(size=(1001, 7))
+    stats = real_data.statistics(values)
+    ordered = np.sort(values, 0)
+    assert np.allclose(stats["q01"], ordered[10]) and np.allclose(stats["q99"], ordered[990])
+    assert np.allclose(stats["std"], values.std(0)) and (stats["max"] == ordered[-1]).all()
+
+
+def test_data_range_guard_names_the_dimension():
+    actions = np.random.default_rng(0).normal(0, .02, (500, 7))
+    actions[:, 3], actions[:, 6] = .25, 1
+    with pytest.warns(UserWarning) as caught:
+        stats = real_data.action_statistics(actions)
+    assert [str(warning.message).split(":")[0] for warning in caught] == ["droll", "gripper"]
+    assert np.allclose([stats["q01"][3], stats["q99"][3]], [.2495, .2505])
+    assert (stats["q01"][6], stats["q99"][6]) == (-1, 1)
+    normal = 2 * (actions - stats["q01"]) / (stats["q99"] - stats["q01"]) - 1
+    assert np.allclose(normal[:, 3], 0) and np.allclose(normal[:, 6], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        real_data.action_statistics(np.random.default_rng(0).normal(0, .02, (500, 7)))
+
+
+def test_data_official_statistics_formats(tmp_path):
+    data_write(tmp_path / "set", lengths=(40, 30))
+    demos = real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache")
+    table, openpi = json.loads(json.dumps(real_data.policy_statistics([demos, demos.select([1])], "mine")))
+    assert set(table["mine"]) == {"action", "proprio", "num_transitions", "num_trajectories"}
+    assert (table["mine"]["num_transitions"], table["mine"]["num_trajectories"]) == (100, 3)
+    assert set(table["mine"]["action"]) == {"mean", "std", "max", "min", "q01", "q99", "mask"}
+    assert table["mine"]["action"]["mask"] == [True] * 6 + [False]
+    pooled = np.concatenate([demos.actions, demos.select([1]).actions]).astype(float)
+    assert np.allclose(table["mine"]["action"]["q99"], np.quantile(pooled, .99, axis=0))
+    assert openpi["norm_stats"]["actions"]["q99"] == table["mine"]["action"]["q99"]
+    openpi = real_data.policy_statistics([demos], "mine")[1]["norm_stats"]
+    assert set(openpi) == {"state", "actions"} and set(openpi["actions"]) == {"mean", "std", "q01", "q99"}
+    stored = json.loads((tmp_path / "set/meta/stats.json").read_text())
+    assert np.allclose(stored["action"]["q01"], openpi["actions"]["q01"])
+    assert np.shape(stored["observation.images.front"]["mean"]) == (3, 1, 1)
+
+
+# -- the alpha sampler
+
+def data_pair(tmp_path, sim_lengths=(5,) * 8, real_lengths=(4,) * 2):
+    sets = []
+    for name, lengths in (("sim", sim_lengths), ("real", real_lengths)):
+        if not (tmp_path / name).exists():
+            data_write(tmp_path / name, lengths=lengths)
+        sets.append(real_data.open_dataset(tmp_path / name, 4, 2, cache_dir=tmp_path / "cache"))
+    return sets
+
+
+def data_check_alpha(module, tmp_path):
+    """The sampler's promises, as one oracle that its mutants must fail."""
+    sim, real = data_pair(tmp_path)
+    for alpha in (.03, .5, .95):
+        streams = {}
+        for world in (1, 2, 3):
+            ranks = [module.MixSampler(sim, real, alpha, 1000, seed=3, rank=r, world=world) for r in range(world)]
+            merged = np.empty((100, 1000), bool)
+            for step in range(100):
+                for r, rank in enumerate(ranks):
+                    merged[step, r::world] = next(rank)["sim"]
+            assert abs(merged.mean() - alpha) < .005
+            streams[world] = merged
+        assert (streams[1] == streams[2]).all() and (streams[1] == streams[3]).all()
+    # samples: the union over ranks is the stream of one rank, and each pass visits every sample once
+    one = module.MixSampler(sim, real, .5, 30, seed=1)
+    three = [module.MixSampler(sim, real, .5, 30, seed=1, rank=r, world=3) for r in range(3)]
+    states = {True: [], False: []}
+    for _ in range(8):
+        batch, parts = next(one), [next(rank) for rank in three]
+        for r, part in enumerate(parts):
+            for key in ("images", "actions", "pad", "state", "sim"):
+                assert (part[key] == batch[key][r::3]).all()
+            assert part["instructions"] == batch["instructions"][r::3]
+        for state, flag in zip(batch["state"], batch["sim"]):
+            states[bool(flag)].append(state.tobytes())
+    for flag, demos in ((True, sim), (False, real)):
+        rows = {state.tobytes() for state in demos.states}
+        assert set(states[flag][:len(demos)]) == rows and set(states[flag][len(demos):2 * len(demos)]) == rows
+        assert states[flag][:len(demos)] != states[flag][len(demos):2 * len(demos)]
+
+
+def test_data_alpha_is_exact_for_any_number_of_ranks(tmp_path):
+    data_check_alpha(real_data, tmp_path)
+
+
+def test_data_sampler_resumes_and_refuses_another_stream(tmp_path):
+    sim, real = data_pair(tmp_path)
+    whole = real_data.MixSampler(sim, real, .5, 12, seed=5)
+    first = [next(whole) for _ in range(10)]
+    half = real_data.MixSampler(sim, real, .5, 12, seed=5)
+    for _ in range(5):
+        next(half)
+    state = json.loads(json.dumps(half.state_dict()))
+    ranks = [real_data.MixSampler(sim, real, .5, 12, seed=5, rank=r, world=2) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for step in range(5, 10):
+        for r, rank in enumerate(ranks):
+            batch = next(rank)
+            assert all((batch[key] == first[step][key][r::2]).all() for key in ("images", "actions", "sim", "state"))
+    with pytest.raises(ValueError, match="alpha was 0.5, is 0.4; batch was 12, is 8"):
+        real_data.MixSampler(sim, real, .4, 8, seed=5).load_state_dict(state)
+
+
+def test_data_sampler_opens_only_what_it_needs(tmp_path):
+    sim, real = data_pair(tmp_path)
+    never = lambda: pytest.fail("opened a set that has no share")
+    assert not next(real_data.MixSampler(never, lambda: real, 0, 64))["sim"].any()
+    assert next(real_data.MixSampler(lambda: sim, never, 1, 64))["sim"].all()
+    shutil.rmtree(tmp_path / "sim")                                  # alpha = 0 runs with the simulated set deleted
+    next(real_data.MixSampler(lambda: real_data.open_dataset(tmp_path / "sim", 4), real, 0, 4))
+    for options, message in ((dict(alpha=1.2), "alpha 0 to 1"), (dict(alpha=.5, batch=2, world=3), "each rank"),
+                             (dict(alpha=.5, sim=None), "from sim"), (dict(alpha=0, real=None), "from real")):
+        options = dict(dict(sim=sim, real=real, batch=4), **options)
+        with pytest.raises(ValueError, match=message):
+            real_data.MixSampler(**options)
+    other = real_data.open_dataset(tmp_path / "real", 6, 2, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="sim and real differ"):
+        real_data.MixSampler(sim, other, .5, 4)
+
+
+# -- demonstrations
+
+DATA_STUB = '''
+"""Stand-in for envs.py: episode n lasts 2 + n % 4 steps and fails if n % 3 == 0; all it shows is a function of n."""
+import numpy as np
+TASKS = ("open-drawer", "close-drawer")
+class VecEnv:
+    def __init__(self, task, domain, num_envs=1, seed=0, image_size=64, first_episode=0, episode_stride=1):
+        if task not in TASKS:
+            raise ValueError(f"task={task!r} is unknown")
+        self.task, self.seed, self.num_envs, self.size, self.first = task, seed, num_envs, image_size, first_episode
+    def reset(self):
+        self.next = self.first + self.num_envs
+        self.number, self.t = self.first + np.arange(self.num_envs), np.zeros(self.num_envs, int)
+        return self.observe()
+    def observe(self):
+        shade = (self.number * 7 + self.t * 31 + self.seed) % 200
+        return dict(images=np.broadcast_to(shade[:, None, None, None], (self.num_envs, self.size, self.size, 3)).astype(np.uint8),
+                    state=np.tile(np.stack([self.number, self.t], 1), 4).astype(np.float32),
+                    instructions=[self.task] * self.num_envs)
+    def step(self, actions):
+        assert (actions[:, 0, 0] == 1000 * self.number + self.t).all()
+        number = self.number.copy()
+        self.t += 1
+        ended = self.t >= 2 + number % 4
+        success = ended & (number % 3 > 0)
+        for i in np.flatnonzero(ended):
+            self.number[i], self.t[i], self.next = self.next, 0, self.next + 1
+        return self.observe(), np.zeros(self.num_envs), success, ended & ~success, dict(success=success, episode=number)
+class Expert:
+    def __init__(self, env, style="expert", noise=0.):
+        self.env, self.style = env, style
+    def act(self):
+        executed = np.zeros((self.env.num_envs, 7))
+        executed[:, 0] = 1000 * self.env.number + self.env.t
+        label = executed.copy()
+        label[:, 1] = self.style == "teleop"
+        label[:, 2] = self.env.number
+        return executed, label
+'''
+
+
+@pytest.fixture
+def data_stub(tmp_path, monkeypatch):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub/envs.py").write_text(DATA_STUB)
+    monkeypatch.syspath_prepend(str(tmp_path / "stub"))
+    monkeypatch.delitem(sys.modules, "envs", raising=False)
+    yield
+    sys.modules.pop("envs", None)
+
+
+def test_data_made_demonstrations(tmp_path, data_stub):
+    sets = []
+    for workers in (1, 3):
+        rates = real_data.make_demos("all", "real", 7, tmp_path / f"w{workers}", workers=workers, image_size=8)
+        sets.append(real_data.open_dataset(tmp_path / f"w{workers}", None, cache_dir=tmp_path / "cache"))
+    assert set(rates) == {"open-drawer", "close-drawer"} and np.allclose(list(rates.values()), 7 / 11)
+    one, three = sets
+    assert one.scenes.tolist() == [1, 2, 4, 5, 7, 8, 10] * 2          # the first seven that succeed, in order
+    assert (one.actions[:, 2] == one.states[:, 0]).all() and (one.actions[:, 1] == 1).all()    # labels, teleop
+    assert len(one) == 2 * sum(2 + n % 4 for n in (1, 2, 4, 5, 7, 8, 10))
+    for key, value in data_all(one).items():
+        assert np.array_equal(value, data_all(three)[key]), key
+    assert [path.read_bytes() for path in sorted((tmp_path / "w1").rglob("*.mp4"))] == \
+        [path.read_bytes() for path in sorted((tmp_path / "w3").rglob("*.mp4"))]
+
+
+def test_data_making_fails_without_a_trace(tmp_path, data_stub):
+    with pytest.raises(ValueError, match="'fly' is unknown"):
+        real_data.make_demos("fly", "sim", 2, tmp_path / "set", workers=1, image_size=8)
+    (tmp_path / "stub/envs.py").write_text(DATA_STUB.replace("number % 3 > 0", "number < 0"))
+    with pytest.raises(ValueError, match="only 0 of 40 demonstrations succeeded"):
+        real_data.make_demos("open-drawer", "sim", 2, tmp_path / "set", workers=1, image_size=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stub"]
+
+
+def test_data_make_and_card_from_the_command_line(tmp_path):
+    if importlib.util.find_spec("envs") is None:
+        pytest.skip("needs envs.py beside real_data.py")
+    command = [sys.executable, str(DATA_SOURCE), "--make", "--domain", "real", "--task", "close-drawer", "--episodes", "2",
+               "--out", str(tmp_path / "set"), "--image-size", "32", "--sheet", str(tmp_path / "card.png"),
+               "--cache-dir", str(tmp_path / "cache"), "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert run.returncode == 0, run.stderr
+    for part in ("LeRobot v3.0", "2 episodes", "5 fps", "'close the drawer'", "gripper", "agrees with the data"):
+        assert part in run.stdout, part
+    assert Image.open(tmp_path / "card.png").size == (8 * 64, 2 * 64)
+    demos = real_data.open_dataset(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
+    assert demos.states.shape[1] == 8 and (np.abs(demos.actions[:, 6]) <= 1).all()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+# -- mutants: each of these changes must turn a check above red
+
+DATA_MUTANTS = [
+    ("start + episode.timestamps", "episode.timestamps", "frames of a later episode in a shared mp4", data_check_fixture),
+    ("np.minimum(window, ends - 1)", "np.minimum(window, len(self.all_actions) - 1)", "chunk runs into the next episode",
+     data_check_fixture),
+    ("pad=window >= ends", "pad=window > ends", "pad one step late", data_check_fixture),
+    ("* shape[1] + job.slot", "* shape[1] + len(recording.cameras) - 1 - job.slot", "cameras swapped", data_check_fixture),
+    ('np.lexsort((frame, owner))', 'np.lexsort((-frame, owner))', "rows in reverse", data_check_fixture),
+    ("sim, numbers = sim[self.rank::self.world], numbers[self.rank::self.world]",
+     "sim, numbers = sim[:len(sim) // self.world], numbers[:len(sim) // self.world]", "every rank gets the same share",
+     data_check_alpha),
+    ("[self.seed, 2, self.step]", "[self.seed, 2, self.step, self.rank]", "each rank throws its own coins", data_check_alpha),
+    ("[self.seed, which, turn]", "[self.seed, which]", "the same order in every pass", data_check_alpha),
+    ("< self.alpha", "< len(self.sets[1]) / (len(self.sets[0]) + len(self.sets[1]))", "alpha by the sizes of the sets",
+     data_check_alpha),
+    ("[key] for part in parts])[order]", "[key] for part in parts])", "domains sorted, labels not", data_check_alpha),
+]
+
+
+@pytest.mark.parametrize("old, new, label, check", DATA_MUTANTS, ids=[mutant[2] for mutant in DATA_MUTANTS])
+def test_data_mutants_die(tmp_path, old, new, label, check):
+    source = DATA_SOURCE.read_text()
+    assert source.count(old) == 1, f"mutant '{label}' no longer applies to real_data.py: update DATA_MUTANTS"
+    (tmp_path / "mutant.py").write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("data_mutant", tmp_path / "mutant.py")
+    mutant = importlib.util.module_from_spec(spec)
+    sys.modules["data_mutant"] = mutant                              # dataclasses look their module up
+    try:
+        spec.loader.exec_module(mutant)
+        if check is data_check_fixture:
+            data_fixture("lerobot_v30")                              # skips without the fixtures
+        with pytest.raises((AssertionError, ValueError, IndexError)):
+            check(mutant, tmp_path)
+    finally:
+        del sys.modules["data_mutant"]
+
+
+# ---------------------------------------------------------------------------------------------------- architecture
+
+FILES = [path for path in HERE.glob("*.py") if path.name != "test_all.py"]
+MAY_IMPORT = dict(envs=set(), policies=set(), real_data={"envs"}, evaluate={"envs", "policies"},
+                  sft_warmstart={"envs", "policies", "real_data"},
+                  rl_cotrain={"envs", "policies", "real_data", "evaluate", "sft_warmstart"})
+INSTALLED = {"torch", "transformers", "mujoco", "numpy", "imageio", "tqdm", "pyarrow", "matplotlib", "safetensors", "tokenizers",
+             "huggingface_hub", "imageio_ffmpeg", "OpenGL", "PIL"}    # the last six come with the first ones
+
+
+def imported_names(tree):
+    names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_architecture(path):
+    tree = ast.parse(path.read_text())
+    used = imported_names(tree)
+    assert used & set(MAY_IMPORT) <= MAY_IMPORT[path.stem], "the import graph of the files is fixed"
+    assert used - set(MAY_IMPORT) - set(sys.stdlib_module_names) <= INSTALLED, "the dependency list is fixed"
+    if path.stem == "real_data":                               # the exception: only inside the function that makes demos
+        top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        assert "envs" not in imported_names(top)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is longer than 60 lines"
+    assert max(map(len, path.read_text().splitlines())) <= 120
+    assert main_block_leaks(path.read_text()) == {}
+
+
+def main_block_leaks(source):
+    """{function: names} that a function reads although only the `if __name__` block defines them."""
+    tree = ast.parse(source)
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
+    table = symtable.symtable(ast.unparse(ast.Module(body, [])), "file", "exec")
+    known = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
+    known |= {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    leaks, todo = {}, list(table.get_children())
+    while todo:
+        scope = todo.pop()
+        todo += scope.get_children()
+        bad = {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()} - known
+        if bad:
+            leaks[scope.get_name()] = sorted(bad)
+    return leaks
+
+
+def test_leaks_are_found():
+    assert main_block_leaks("def f():\n    return x\nif __name__ == '__main__':\n    x = 1\n") == {"f": ["x"]}
+    assert main_block_leaks("y = 1\ndef f():\n    return y\n") == {}
+
+
+def test_every_flag_has_help():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                words = [k.value for k in node.keywords if k.arg == "help"]
+                assert words and ast.unparse(words[0]).strip("'\" "), f"{path.name}:{node.lineno} has no help text"
+
+
+def test_the_continuous_integration_runs_the_command_of_the_readme():
+    """.ci/run extracts the block under "## Tests"; it must find exactly one command that installs and tests."""
+    section = (HERE / "README.md").read_text().split("## Tests")[1]
+    block = section.split("```")[1]
+    assert "requirements.txt" in block and "pytest" in block and "test_all.py" in block
+    assert "## Tests" in (HERE / ".ci/run").read_text()

@@ -1,0 +1,669 @@
+"""Stage I of RL-Co: supervised fine-tuning on a mix of simulated and real demonstrations.
+
+    L = alpha * L_SFT(sim) + (1 - alpha) * L_SFT(real)             alpha = --sim-ratio; RL-Co, arXiv 2602.12628
+
+    python sft_warmstart.py --task open-drawer                      # bundled openvla-tiny, records its own demos
+    python sft_warmstart.py --policy openvla/openvla-7b --real-data my/robot --sim-data demos/sim --lora-rank 32
+    python sft_warmstart.py --pretrain --policy pi05 --out runs/base-pi05        # makes the bundled base checkpoint
+    torchrun --nproc-per-node 8 sft_warmstart.py ...                # plain python: one rank per GPU, or CPU core
+
+L_SFT is cross-entropy of action tokens (OpenVLA) or flow matching (pi0.5), the mean over the real steps of a
+batch. alpha is realised by sampling (real_data.MixSampler); the losses of the two domains are computed apart:
+    L_b = N_sim/B * L_SFT(sim part of b) + N_real/B * L_SFT(real part of b),       E[N_sim/B] = alpha
+Special cases: alpha = 0 is real-only, 1 sim-only; --scratch skips pre-training; --steps 0 only evaluates.
+
+Pre-training  the same loop on envs.py's third domain, plus aux_weight * L_aux: from the hidden state of the last
+              prompt token a linear head, dropped afterwards, tells where tool, named object and goal are.
+Ranks         each draws its share of the global batch; gradients are summed. World size changes no sample.
+Resume        --resume goes on from OUT/resume.pt, bit for bit on one CPU rank. Random numbers of step s are a
+              function of (seed, s, rank), so there is no generator state to lose. Ctrl-C saves, then ends.
+Output        OUT/policy (checkpoint folder), metrics.jsonl, loss.png, result.json, args.json, resume.pt
+Evaluation    ends every run: fixed seed, no demonstration has it; "stand-in" is the second MuJoCo domain that
+              takes the place of the real robot, since none is attached.
+"""
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import envs                             # first: it chooses the OpenGL backend before mujoco is imported
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import policies
+import real_data
+
+EVAL_SEED = 999_983                     # of the scenes of every evaluation; demonstrations must have another
+PRETRAIN_SEED = 77_000                  # of the scenes of pre-training, which are in a domain of their own anyway
+DOMAINS = ("real", "sim")               # in the order of MixSampler: batch["sim"] is the index
+NAMES = dict(sim="sim", real="stand-in", pretrain="pretrain")
+MUON_FACTOR = 7                         # Muon's learning rate / AdamW's: its steps have unit spectral norm
+LANDMARK_CENTRE, LANDMARK_SCALE = (.48, -.02, .10), .1             # m: what the auxiliary head's 0 and 1 mean
+
+# Presets. openvla: RL4VLA's warm-up. pi05: openpi's co-training config (cosine over 30,000 steps, of which it does
+# 5,000). The tiny ones were tuned here. augment: see augment(). statistics: `base` keeps those of the checkpoint (same
+# robot, same action space), `data` computes q01/q99 of the demonstrations.
+PRESETS = {
+    "openvla": dict(steps=2000, batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1., beta2=.999,
+                    weight_decay=.01, clip=1., ema=0., optimizer="adamw", augment="openvla", lora_rank=32, statistics="data",
+                    dtype="bfloat16", aux_weight=0.),
+    "pi05": dict(steps=5000, batch=16, micro_batch=16, lr=2.5e-5, warmup=1000, decay_steps=30000, final_lr=.1, beta2=.95,
+                 weight_decay=1e-10, clip=1., ema=.999, optimizer="adamw", augment="pi05", lora_rank=0, statistics="data",
+                 dtype="bfloat16", aux_weight=0.),
+    "openvla-tiny": dict(steps=700, batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=.02, beta2=.95,
+                         weight_decay=.01, clip=1., ema=0., optimizer="muon", augment="shift", lora_rank=0, statistics="base",
+                         dtype="float32", aux_weight=1.)}
+PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"]
+
+
+def parse(argv=None):
+    """Flags -> args. Those without a default here get that of the policy's preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--policy", default="openvla", help="openvla, pi05 (bundled tiny ones), a checkpoint folder, or a hub id")
+    add("--scratch", action="store_true", help="random weights of the bundled architecture; --policy openvla or pi05")
+    add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all: what is recorded and evaluated")
+    add("--sim-ratio", type=float, default=.5, help="alpha, 0 to 1: P(a sample is simulated); 0 = real only, 1 = sim only")
+    add("--sim-data", help="LeRobot folder or hub id; default: recorded by the scripted expert into --demos")
+    add("--real-data", help="the same for your robot; default: recorded on its stand-in by a clumsy tele-operator")
+    add("--sim-episodes", type=int, default=300, help="demonstrations per task to record if --sim-data is not given, >= 2")
+    add("--real-episodes", type=int, default=50, help="the same for --real-data")
+    add("--demos", default="runs/demos", help="folder for what is recorded; what is there already is used again")
+    add("--camera", nargs="+", help="image features to use; default: the first that is not on the wrist")
+    add("--held-out", type=float, default=.1, help="share of episodes kept out of training to measure the loss, 0 to 1")
+    add("--out", default="runs/sft", help="folder of this run")
+    add("--resume", action="store_true", help="go on from OUT/resume.pt; all other flags must be as they were")
+    add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
+    add("--pretrain-episodes", type=int, default=8000, help="episodes of all tasks to record for it, >= 2")
+    add("--half", action="store_true", help="store OUT/policy in half precision")
+    add("--seed", type=int, default=0, help=f"of demonstrations, sampling and weights, >= 0; not {EVAL_SEED}")
+    add("--eval-episodes", type=int, default=100, help="per task and domain at the end; 0 = none")
+    add("--val-every", type=int, default=100, help="steps between held-out losses; 0 = only at the end")
+    add("--save-every", type=int, default=500, help="steps between resume.pt; 0 = only when interrupted")
+    add("--device", help="cpu or cuda; default: cuda if there is one")
+    add("--ranks", type=int, default=0, help="processes; 0 = one per GPU, else one per CPU core; torchrun knows better")
+    add("--freeze", default="none", help="none, vision, or vlm (only the action expert of pi0.5 trains)")
+    add("--gradient-checkpointing", action="store_true", help="a third more time, far less memory")
+    group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
+    for name, kind, text in (
+            ("steps", int, "optimizer steps; 0 = only evaluate"), ("batch", int, "samples per step over all ranks, >= ranks"),
+            ("micro-batch", int, "samples per forward pass of a rank, >= 1; gradients accumulate"),
+            ("lr", float, "peak learning rate, > 0"), ("warmup", int, "steps of linear warm-up; 0 = none"),
+            ("decay-steps", int, "steps at which the cosine ends; 0 = --steps"),
+            ("final-lr", float, "learning rate there, as a share of the peak, 0 to 1; 1 = constant"),
+            ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"), ("weight-decay", float, "of matrices, >= 0"),
+            ("clip", float, "norm to which gradients are cut; 0 = never"),
+            ("optimizer", str, "adamw, or muon for the matrices inside the transformers and adamw for the rest"),
+            ("ema", float, "decay per step of averaged weights, which are then what is saved; 0 = none"),
+            ("augment", str, "openvla, pi05 (the official recipes), shift (+-2 pixels, a little tone), or none"),
+            ("lora-rank", int, "0 = train the weights themselves"), ("dtype", str, "float32 or bfloat16 (autocast)"),
+            ("statistics", str, "base (of the checkpoint) or data (of these demonstrations), for normalisation"),
+            ("aux-weight", float, "of the landmark loss, >= 0; only in --pretrain")):
+        group.add_argument("--" + name, type=kind, help=text)
+    return check_args(parser.parse_args(argv))
+
+
+def check_args(args):
+    """Fills in the preset; one ValueError lists all that is wrong."""
+    tiny = args.pretrain or args.scratch
+    config = {} if tiny else policies.read_json(policies.find_folder(args.policy) / "config.json", {})
+    kind = args.policy if tiny else "openvla" if config.get("model_type") == "openvla" else "pi05"
+    tiny = tiny or "tiny_timm_kwargs" in config or config.get("vlm", {}).get("width", 2048) < 1024
+    preset, wrong = PRESETS.get(f"{kind}{'-tiny' * tiny}", PRESETS["openvla-tiny"]), []
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for fine, text in (
+            (kind in ("openvla", "pi05"), f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05"),
+            (args.task in (*envs.TASKS, "all"), f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all"),
+            (0 <= args.sim_ratio <= 1, f"--sim-ratio {args.sim_ratio}: need 0 to 1"),
+            (args.augment in (*AUGMENT, "none"), f"--augment {args.augment}: need one of {', '.join(AUGMENT)}, none"),
+            (args.optimizer in ("adamw", "muon"), f"--optimizer {args.optimizer}: need adamw or muon"),
+            (args.statistics in ("base", "data"), f"--statistics {args.statistics}: need base or data"),
+            (args.seed != EVAL_SEED and args.seed >= 0, f"--seed {args.seed}: that of the evaluation, or negative"),
+            (args.steps >= 0 and args.batch > 0 and args.micro_batch > 0, "--steps, --batch, --micro-batch: too small"),
+            (args.lr > 0 and 0 <= args.ema < 1 and 0 <= args.final_lr <= 1, "--lr, --ema, --final-lr: out of range"),
+            (not args.resume or pathlib.Path(args.out, "resume.pt").exists(), f"--resume: no {args.out}/resume.pt")):
+        wrong += [] if fine else [text]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return args
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------
+
+def launch(work, args):
+    """work(args, rank, world, device) in each rank: those of torchrun, else one per GPU, else one per CPU core with one
+    thread (two ranks of one thread beat one rank of two by far). SIGINT and SIGTERM reach all of them."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if "LOCAL_RANK" in os.environ:
+        return run_rank(int(os.environ["LOCAL_RANK"]), work, args, int(os.environ["WORLD_SIZE"]), cuda, "env://")
+    world = args.ranks or (torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)))
+    if world == 1:
+        return run_rank(0, work, args, 1, cuda, None)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = torch.multiprocessing.start_processes(
+            run_rank, (work, args, world, cuda, f"file://{folder}/store"), world, join=False, start_method="spawn")
+        forward = lambda number, frame: [process.terminate() for process in ranks.processes]
+        before = [signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            while not ranks.join():
+                pass
+        finally:
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+                signal.signal(number, handler)
+
+
+def run_rank(local_rank, work, args, world, cuda, store):
+    device, rank = torch.device(f"cuda:{local_rank}" if cuda else "cpu"), int(os.environ.get("RANK", local_rank))
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    if store:
+        dist.init_process_group("nccl" if cuda else "gloo", store, rank=rank, world_size=world)
+    try:
+        return work(args, rank, world, device)
+    finally:
+        if store:
+            dist.destroy_process_group()
+
+
+def all_sum(tensor):
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(params):
+    """Gradients become their sum over ranks."""
+    if dist.is_initialized():
+        for p in params:                     # what a rank's share did not touch still takes part
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for sending in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            sending.wait()
+
+
+# ---- images --------------------------------------------------------------------------------------------------
+
+# side of the random crop; degrees; pixels; brightness added, brightness, contrast, saturation multiplied +-; hue +-
+AUGMENT = dict(openvla=(.9 ** .5, 0, 0, .2, 0, .2, .2, .05), pi05=(.95, 5, 0, 0, .3, .4, .5, 0),
+               shift=(1, 0, 2, 0, .2, .2, .05, 0))
+
+
+def augment(images, recipe):
+    """(B, [N,] H, W, 3) uint8 -> the same, a draw for each sample (openpi: one for the batch). Crops and turns are for the
+    first camera only, as in openpi. Hue is turned in YIQ, which is not TensorFlow's HSV but close at +-0.05."""
+    side, degrees, pixels, added, *factors, hue = AUGMENT[recipe]
+    x = torch.as_tensor(images)
+    flat = x.flatten(0, -4).permute(0, 3, 1, 2).float() / 255                               # (B N, 3, H, W)
+    n, (height, width) = len(flat), flat.shape[2:]
+    draw = lambda *shape: 2 * torch.rand(n, *shape) - 1
+    angle, move = torch.deg2rad(degrees * draw()), (1 - side) * draw(2)
+    if pixels:                               # whole pixels: nothing is blurred
+        move = (draw(2) * (pixels + .5)).round() * 2 / torch.tensor([width, height])
+    turn = side * torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
+    theta = torch.cat([turn, move[:, :, None]], 2)                                          # (B N, 2, 3)
+    if x.ndim == 5:
+        others = torch.arange(n) % x.shape[1] > 0
+        theta[others] = torch.eye(2, 3)
+    grid = F.affine_grid(theta, flat.shape, align_corners=False)
+    y = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
+    brightness, contrast, saturation = (1 + factor * draw(1, 1, 1) for factor in factors)
+    y = y * brightness + added * draw(1, 1, 1)
+    y = (y - y.mean((1, 2, 3), keepdim=True)) * contrast + y.mean((1, 2, 3), keepdim=True)
+    grey = (y * torch.tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
+    y = (y - grey) * saturation + grey
+    if hue:
+        yiq = torch.tensor([[.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]])
+        a = hue * 2 * math.pi * draw()
+        zero, one = torch.zeros(n), torch.ones(n)
+        spin = torch.stack([one, zero, zero, zero, a.cos(), -a.sin(), zero, a.sin(), a.cos()], 1).view(n, 3, 3)
+        y = torch.einsum("nij,njhw->nihw", yiq.inverse() @ spin @ yiq, y)
+    y = (y.clamp(0, 1) * 255).round().to(torch.uint8)
+    return y.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------
+
+class Probe(nn.Module):
+    """Auxiliary heads: from the hidden state of the last prompt token, and from the vision features alone, to (B, 9)
+    positions of tool, object and goal. The first listens to the decoder in bc_loss's own forward pass; the second cannot
+    know which object is meant, but makes the towers see several times sooner."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.is_causal = isinstance(policy, policies.OpenVLA)
+        decoder = policy.language_model["model"] if self.is_causal else policy.language_model
+        self.prompt = nn.Linear(policy.value_head[0].in_features, 9)
+        self.vision = nn.Linear(math.prod(policy.feature_shape), 9)
+        for p in self.parameters():
+            nn.init.zeros_(p)
+        decoder.register_forward_hook(self.listen)
+
+    def listen(self, module, inputs, outputs):
+        hidden = outputs[0]
+        if self.is_causal:                   # [.. prompt] a_0 .. a_6
+            self.hidden = hidden[:, -policies.ACTION_DIM - 1]
+        else:                                # the prompt is padded on the right; inputs: x, positions, mask
+            last = inputs[2][:, 0, 0].float().cumsum(1).argmax(1)
+            self.hidden = hidden[torch.arange(len(hidden)), last]
+
+    def forward(self, features, landmarks):
+        """L_aux (scalar) and the mean position error [m] of the first head; landmarks (B, 9) m."""
+        target = (landmarks - torch.tensor(LANDMARK_CENTRE * 3).to(landmarks)) / LANDMARK_SCALE
+        told, seen = self.prompt(self.hidden.float()), self.vision(features.flatten(1))
+        loss = F.smooth_l1_loss(told, target, beta=.1) + F.smooth_l1_loss(seen, target, beta=.1)
+        return loss, LANDMARK_SCALE * (told - target).detach().view(-1, 3, 3).norm(dim=2).mean()
+
+
+def part_losses(policy, batch, args, probe=None, train=False):
+    """Yields (domain, samples, steps that are no padding, L_SFT, L_aux, position error [m]) of micro-batches, each of one
+    domain only, of this rank's share."""
+    needs_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
+    for domain in (0, 1):
+        rows = np.flatnonzero(batch["sim"] == domain)
+        for at in range(0, len(rows), args.micro_batch):
+            part = rows[at:at + args.micro_batch]
+            images = torch.from_numpy(batch["images"][part])
+            images = augment(images, args.augment) if train and args.augment != "none" else images
+            state = torch.from_numpy(batch["state"][part])
+            pad = torch.from_numpy(batch["pad"][part])[:, :policy.settings.get("horizon", 1)]
+            images = policy.encode_images(images) if probe else images
+            loss = policy.bc_loss(images, [batch["instructions"][i] for i in part],
+                                  torch.from_numpy(batch["actions"][part]), pad, **dict(state=state) if needs_state else {})
+            aux, error = probe(images, state[:, -9:].to(loss.device)) if probe else loss.new_zeros(2)
+            yield domain, len(part), int((~pad).sum()), loss, aux, error
+
+
+def loss_and_gradients(policy, batch, args, probe=None):
+    """Gradients of L_b (see the header) summed over ranks; returns {name: value} of the global batch."""
+    domains, horizon = torch.from_numpy(batch["sim"]).long(), policy.settings.get("horizon", 1)
+    steps = (~torch.from_numpy(batch["pad"])[:, :horizon]).sum(1)                           # (b,)
+    count = torch.stack([torch.bincount(domains, weights=w.double(), minlength=2) for w in (steps > 0, steps)])
+    samples, steps = all_sum(count.to(policy.device))       # N_d and unpadded steps, (2,) each, over all ranks
+    share = samples / samples.sum()                                                          # N_d / B
+    sums = torch.zeros(4, dtype=torch.float64, device=policy.device)                         # real, sim, aux, error
+    for domain, n, k, loss, aux, error in part_losses(policy, batch, args, probe, train=True):
+        mean = loss * (k / steps[domain]).float()            # this part of L_SFT(domain)
+        weight = n / samples.sum()
+        total = share[domain].float() * mean + args.aux_weight * weight.float() * aux
+        total.backward()
+        sums += torch.stack([mean.detach() * (domain == 0), mean.detach() * (domain == 1), weight * aux.detach(),
+                             weight * error]).double()
+    real, sim, aux, error = all_sum(sums).tolist()
+    sum_gradients([p for p in policy.parameters() if p.requires_grad] + list(probe.parameters() if probe else ()))
+    logs = {f"loss/{name}": value for name, value, n in zip(DOMAINS, (real, sim), samples) if n}
+    return logs | dict(loss=share.tolist()[0] * real + share.tolist()[1] * sim) | (
+        dict(aux=aux, position_mm=1e3 * error) if probe else {})
+
+
+@torch.no_grad()
+def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
+    """{name: value}: loss of up to `most` frames of the held-out episodes of each domain; always the same frames."""
+    logs = {}
+    for domain, name in enumerate(DOMAINS):
+        if held_out.get(name):
+            order = np.random.default_rng(0).permutation(len(held_out[name]))[:most][rank::world]
+            torch.manual_seed(rank)          # of flow matching's noise
+            sums = torch.zeros(4, dtype=torch.float64, device=policy.device)
+            batch = held_out[name].batch(order) | dict(sim=np.full(len(order), domain))
+            for _, n, k, loss, aux, error in part_losses(policy, batch, args, probe):
+                sums += torch.stack([k * loss, torch.tensor(k, device=loss.device), n * error, torch.tensor(n)]).double()
+            total, k, error, n = all_sum(sums).tolist()
+            logs |= {f"held_out/{name}": total / k} | ({"held_out/position_mm": 1e3 * error / n} if probe else {})
+    return logs
+
+
+# ---- data ----------------------------------------------------------------------------------------------------
+
+def record_labelled(block):
+    """Episodes first .. first + count - 1 of the pretrain domain that succeed: write_dataset's tuples, with landmarks (9,)
+    appended to the state (8,)."""
+    first, count, seed, size = block
+    env = envs.VecEnv("all", "pretrain", min(4, count), seed, image_size=size, first_episode=first)
+    expert, obs, done, steps = envs.Expert(env, noise=.01), env.reset(), {}, [[] for _ in range(min(4, count))]
+    while any(number not in done for number in range(first, first + count)):
+        executed, label = expert.act()
+        labelled = np.concatenate([obs["state"], env.landmarks().reshape(-1, 9)], 1)         # (N, 17)
+        for i, step in enumerate(steps):
+            step.append((obs["images"][i].copy(), labelled[i], label[i].copy()))
+        texts = obs["instructions"]
+        obs, _, _, _, info = env.step(executed[:, None])
+        for i in info["ended"]:
+            number, arrays = int(info["episode"][i]), [np.stack(column) for column in zip(*steps[i])]
+            done[number], steps[i] = (*arrays, texts[i], number) if info["success"][i] else None, []
+    return [done[number] for number in range(first, first + count) if done[number]]
+
+
+def make_pretrain_demos(episodes, seed, out, size, block=32):
+    """Writes those of episodes 0 .. episodes - 1 of all tasks, on all cores; which cores there are changes nothing."""
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+        blocks = [(first, min(block, episodes - first), seed, size) for first in range(0, episodes, block)]
+        parts = tqdm(pool.imap(record_labelled, blocks), f"pretrain, {block} episodes each", len(blocks))
+        real_data.write_dataset(out, itertools.chain.from_iterable(parts), real_data.CONTROL_HZ)
+
+
+def demo_paths(args, size):
+    """{"sim": path, "real": path} of what alpha needs; records what is neither given nor there."""
+    paths, needed = {}, dict(sim=args.sim_ratio > 0 or args.pretrain, real=args.sim_ratio < 1 and not args.pretrain)
+    for name in [name for name in DOMAINS if needed[name]]:
+        given, episodes = getattr(args, f"{name}_data"), getattr(args, f"{name}_episodes")
+        label = f"pretrain-{args.pretrain_episodes}" if args.pretrain else f"{name}-{args.task}-{episodes}"
+        path = pathlib.Path(args.demos, f"{label}-seed{args.seed}-{size}px")
+        paths[name] = given or path
+        if not given and not path.exists():
+            print(f"recording {path}", file=sys.stderr)
+            if args.pretrain:
+                make_pretrain_demos(args.pretrain_episodes, PRETRAIN_SEED + args.seed, path, size)
+            else:
+                real_data.make_demos(args.task, name, episodes, path, args.seed, image_size=size)
+    return paths
+
+
+def open_sets(args, policy, rank):
+    """({name: training Demos}, {name: held-out Demos}) of the domains that alpha needs; the other is never opened."""
+    if rank == 0:
+        demo_paths(args, policy.image_size)
+    if dist.is_initialized():
+        dist.barrier()
+    fit, horizon = "stretch" if isinstance(policy, policies.OpenVLA) else "pad", policy.settings.get("horizon", 1)
+    sets = {name: real_data.open_dataset(path, policy.image_size, horizon, args.camera, fit).split(args.held_out)
+            for name, path in demo_paths(args, policy.image_size).items()}
+    return {name: pair[0] for name, pair in sets.items()}, {name: pair[1] for name, pair in sets.items()}
+
+
+# ---- the policy ----------------------------------------------------------------------------------------------
+
+def make_policy(args, device):
+    if args.scratch or args.pretrain:
+        policy = policies.make_tiny(args.policy, args.seed).to(device)
+        limit = envs.ACTION_LIMIT            # the range of the controller: the same for any data of this robot
+        policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
+        return policy
+    return policies.load_policy(args.policy, device, args.dtype, lora_rank=args.lora_rank, freeze=args.freeze,
+                                gradient_checkpointing=args.gradient_checkpointing, seed=args.seed)
+
+
+@torch.no_grad()
+def initialise_vision(policy, images):
+    """A start that sees: patch embeddings = whitened principal components of patches, positions = 2-D sinusoids. With random
+    ones the towers take several times as long to find anything."""
+    convs, seen = {n: m for n, m in policy.named_modules() if isinstance(m, nn.Conv2d)}, {}
+    hooks = [m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0]})) for n, m in convs.items()]
+    policy.encode_images(images)
+    for hook in hooks:
+        hook.remove()
+    for name, conv in convs.items():
+        x = F.unfold(seen[name], conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1)
+        mean, size = x.mean(0), conv.out_channels                                            # x: (patches, 3 p p)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))              # ascending
+        white = (vectors[:, -size:] / (values[-size:] + 1e-4 * values[-1]).sqrt()).T
+        mixed = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))[0].to(x) @ white
+        conv.weight.copy_(mixed.view_as(conv.weight)), conv.bias.copy_(-(mixed @ mean))
+    for name, p in policy.named_parameters():
+        if name.endswith(("pos_embed", "position_embedding.weight")):                        # (.., T, D)
+            side, quarter = math.isqrt(p.shape[-2]), p.shape[-1] // 4
+            angle = torch.outer((torch.arange(side) + .5) / side, math.pi * torch.linspace(.5, side, quarter))
+            wave = torch.cat([angle.sin(), angle.cos()], 1)                                  # (side, D/2)
+            both = torch.cat([wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)], 2)
+            p.copy_(.7 * both.reshape(p.shape))
+
+
+# ---- training ------------------------------------------------------------------------------------------------
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine down to final_lr of the peak, as in openpi."""
+    last = args.decay_steps or args.steps
+    if step < args.warmup:
+        return args.lr * (step + 1) / (args.warmup + 1)
+    cosine = .5 + .5 * math.cos(math.pi * min(1, (step - args.warmup) / max(1, last - args.warmup)))
+    return args.lr * (args.final_lr + (1 - args.final_lr) * cosine)
+
+
+class Trainer:
+    """All that changes while training: weights, optimizer, averaged weights, position in the sample stream."""
+
+    def __init__(self, args, policy, probe, sampler, rank):
+        modules = [policy] + ([probe] if probe else [])
+        self.named = {f"{k}.{n}": p for k, m in enumerate(modules) for n, p in m.named_parameters() if p.requires_grad}
+        self.params, self.args, self.sampler, self.rank = list(self.named.values()), args, sampler, rank
+        inner = [p for name, p in self.named.items() if args.optimizer == "muon" and p.ndim == 2
+                 and re.search(r"(blocks|layers|projector|expert).*weight", name) and "embed" not in name]
+        chosen = set(map(id, inner))
+        rest = [p for p in self.params if id(p) not in chosen]
+        groups = [dict(params=[p for p in rest if (p.ndim > 1) == matrix], weight_decay=args.weight_decay * matrix)
+                  for matrix in (True, False)]
+        self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2))]
+        if inner:
+            self.optimizers.append(torch.optim.Muon(inner, args.lr, weight_decay=args.weight_decay))
+        self.step, self.skipped, self.ema = 0, 0, None
+        if args.ema:
+            self.ema = [p.detach().clone() for p in self.params]
+
+    def update(self, policy, probe):
+        """One optimizer step on the next batch -> {name: value}."""
+        args, start = self.args, time.perf_counter()
+        batch = next(self.sampler)
+        waited = time.perf_counter() - start
+        torch.manual_seed(((args.seed << 32) + self.step << 12) + self.rank & (1 << 63) - 1)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        logs = loss_and_gradients(policy, batch, args, probe)
+        norm = nn.utils.clip_grad_norm_(self.params, args.clip or math.inf).item()
+        fine, rate = math.isfinite(norm) and math.isfinite(logs["loss"]), learning_rate(self.step, args)
+        for optimizer, factor in zip(self.optimizers, (1, MUON_FACTOR)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
+            if fine:
+                optimizer.step()
+        if fine:
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            if self.skipped == 5:
+                raise RuntimeError(f"step {self.step}: loss {logs['loss']}, gradient norm {norm}, 5 times in a row; "
+                                   "lower --lr, or look at the data with real_data.py")
+        self.step += 1
+        if self.ema:
+            torch._foreach_lerp_(self.ema, self.params, 1 - args.ema)
+        return logs | dict(grad_norm=norm, lr=rate, wait_s=waited)
+
+    def save(self, path):
+        """Everything, under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
+        torch.save(dict(args=vars(self.args), step=self.step, weights={n: p.detach() for n, p in self.named.items()},
+                        optimizers=[each.state_dict() for each in self.optimizers], ema=self.ema, sampler=self.sampler.state_dict()),
+                   f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    def load(self, path):
+        state, now = torch.load(path, map_location="cpu", weights_only=True), vars(self.args)
+        wrong = [f"--{name.replace('_', '-')} was {value}, is {now.get(name)}" for name, value in state["args"].items()
+                 if name not in ("resume", "ranks", "device", "out") and now.get(name) != value]
+        if wrong or set(state["weights"]) != set(self.named):
+            raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p.copy_(state["weights"][name])
+            for own, saved in zip(self.ema or [], state["ema"] or []):
+                own.copy_(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.sampler.load_state_dict(state["sampler"])
+        self.step = state["step"]
+
+    @torch.no_grad()
+    def use_average(self):
+        for p, average in zip(self.params, self.ema or []):
+            p.copy_(average)
+
+
+class Log:
+    """metrics.jsonl, one line a step that is logged; and the loss curves."""
+
+    def __init__(self, out, step, rank):
+        self.path, self.rows, self.rank = out / "metrics.jsonl", [], rank
+        if step and self.path.exists():      # of an interrupted run: what came after resume.pt will come again
+            self.rows = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= step]
+        if rank == 0:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, step, values):
+        self.rows.append(dict(step=step) | {name: round(value, 6) for name, value in values.items()})
+        if self.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def plot(self, path):
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        for name in dict.fromkeys(name for row in self.rows for name in row if name.startswith(("loss/", "held_out/"))):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            axes.plot(*zip(*points), "--" if name.startswith("held") else "-", label=name.replace("real", "stand-in / real"))
+        axes.set(xlabel="optimizer step", ylabel="L_SFT", yscale="log")
+        axes.legend()
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
+
+
+def train(args, policy, rank, world, out):
+    """The loop. Returns True if it came to its end, False if a signal stopped it (then resume.pt is up to date)."""
+    sets, held_out = open_sets(args, policy, rank)
+    if args.statistics == "data" and not args.pretrain:
+        stats = real_data.policy_statistics(list(sets.values()), "demos")[1]["norm_stats"]
+        policy.set_statistics("demos", dict(action=stats["actions"], state=stats["state"]))
+    if args.pretrain:
+        some = np.random.default_rng(0).permutation(len(sets["sim"]))[:500]
+        initialise_vision(policy, torch.from_numpy(sets["sim"].batch(some)["images"]))
+    probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
+    sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), 1. if args.pretrain else args.sim_ratio, args.batch,
+                                   args.seed, rank, world)
+    trainer, stop = Trainer(args, policy, probe, sampler, rank), torch.zeros(1)
+    if args.resume:
+        trainer.load(out / "resume.pt")
+    log = Log(out, trainer.step, rank)
+    before = [signal.signal(number, lambda *_: stop.fill_(1)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with tqdm(total=args.steps * args.batch, initial=trainer.step * args.batch, unit="sample", unit_scale=True,
+              disable=rank > 0, desc=out.name) as bar:
+        while trainer.step < args.steps and not all_sum(stop.to(policy.device)).item():
+            logs, step = trainer.update(policy, probe), trainer.step
+            if step == args.steps or args.val_every and step % args.val_every == 0:
+                logs |= held_out_losses(policy, held_out, args, rank, world, probe)
+            log.write(step, logs)
+            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in log.rows[-1].items() if "loss" in name))
+            bar.update(args.batch)
+            if rank == 0 and args.save_every and step % args.save_every == 0:
+                trainer.save(out / "resume.pt")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+    if rank == 0 and args.steps:
+        trainer.save(out / "resume.pt")
+        log.plot(out / "loss.png")
+    trainer.use_average()
+    return trainer.step >= args.steps
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------
+
+def run_episodes(policy, task, domain, episodes, rank=0, world=1, num_envs=25, deterministic=True, **options):
+    """Successes and episodes of the fixed evaluation scenes 0 .. episodes - 1, over all ranks; options of VecEnv."""
+    own = len(range(rank, episodes, world))
+    count = torch.zeros(2, device=policy.device)
+    if own:
+        env = envs.VecEnv(task, domain, min(num_envs, own), EVAL_SEED, policy.image_size, first_episode=rank,
+                          episode_stride=world, **options)
+        noise, obs = torch.Generator(policy.device).manual_seed(EVAL_SEED + rank), env.reset()
+        while count[1] < own:
+            state = dict(state=obs["state"]) if policy.settings.get("discrete_state") else {}
+            actions = policy.act(obs["images"], obs["instructions"], deterministic, noise, **state).actions
+            obs, _, _, _, info = env.step(actions.cpu().numpy())
+            for i in info["ended"]:
+                if info["episode"][i] < episodes:
+                    count += torch.tensor([float(info["success"][i]), 1.], device=policy.device)
+    return [int(x) for x in all_sum(count).tolist()]
+
+
+def evaluate(args, policy, rank, world):
+    """{"sim/open-drawer": dict(success, n, low, high)}, printed; both domains, and the third after pre-training."""
+    results = {}
+    for domain in ("sim", "real", *["pretrain"] * args.pretrain):
+        for task in envs.TASKS if args.task == "all" or args.pretrain else [args.task]:
+            k, n = run_episodes(policy, task, domain, args.eval_episodes, rank, world)
+            low, high = envs.wilson(k, n)
+            results[f"{NAMES[domain]}/{task}"] = dict(success=k / n, n=n, low=low, high=high)
+            if rank == 0:
+                print(f"{NAMES[domain]:9}{task:13} {k / n:6.1%}   n {n}, 95 % interval {low:.1%} - {high:.1%}", flush=True)
+    return results
+
+
+# ---- the run -------------------------------------------------------------------------------------------------
+
+def store_half(folder):
+    """Rewrites the weights of a checkpoint folder in half precision; load_policy turns them back into float32."""
+    from safetensors.torch import load_file, save_file
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def work(args, rank, world, device):
+    """What each rank does: train, save the policy, evaluate."""
+    out, start = pathlib.Path(args.out), time.perf_counter()
+    policy = make_policy(args, device)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(dict(command=sys.argv, world=world, **vars(args)), indent=1))
+    if args.steps and not train(args, policy, rank, world, out):
+        if rank == 0:
+            print(f"interrupted; go on with --resume (the flags as before, {out}/resume.pt)", file=sys.stderr)
+        return None
+    seconds = time.perf_counter() - start
+    if rank == 0:                            # under a temporary name, then renamed
+        part = out / "policy.part"
+        shutil.rmtree(part, ignore_errors=True)
+        if args.augment == "openvla":        # as in official fine-tunes with augmentation: central 90 % from now on
+            policy.settings["center_crop"] = True
+        policy.save(part)
+        if args.half:
+            store_half(part)
+        shutil.rmtree(out / "policy", ignore_errors=True)
+        os.replace(part, out / "policy")
+        print(f"wrote {out}/policy after {seconds:.0f} s on {world} rank{'s' * (world > 1)} ({device.type})", flush=True)
+    if args.eval_episodes:
+        results = evaluate(args, policy, rank, world)
+        if rank == 0:
+            (out / "result.json").write_text(json.dumps(dict(results=results, seconds=seconds, world=world,
+                                                             seed=EVAL_SEED), indent=1))
+    return out / "policy"
+
+
+def warm_start(args):
+    """Stage I with args = parse([...]). Returns the checkpoint folder, or None if a signal stopped the run."""
+    launch(work, args)
+    folder = pathlib.Path(args.out, "policy")
+    return folder if folder.exists() else None
+
+
+def main():
+    try:
+        sys.exit(0 if warm_start(parse()) else 130)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
