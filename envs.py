@@ -12,33 +12,27 @@ Action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 
          tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R.
 Image    (H, W, 3) uint8 RGB, top row first, one third-person camera.
 State    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0.
-Arrays   N environments, K actions a chunk; 5 Hz control, 5 ms physics.
 An episode is a function of (seed, domain, episode number): the same scene whatever the number of environments or
 processes. This file needs mujoco and numpy only (imageio for its demo, python envs.py): copy it away alone.
 """
 import argparse
+import atexit
 import collections
 import ctypes.util
 import dataclasses
 import multiprocessing
 import os
-import re
 import sys
 import time
 import types
 import warnings
 
 
-def choose_gl_backend():
-    """Pick an off-screen OpenGL for MuJoCo. Must run before mujoco is imported: it reads MUJOCO_GL only then."""
-    # Software GL (llvmpipe) starts raster threads that do not survive a fork and gain nothing at 64 px.
-    os.environ.setdefault("LP_NUM_THREADS", "0")
-    found = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library)]
-    if found and sys.platform.startswith("linux"):                 # macOS and Windows have their own, cgl and wgl
-        os.environ.setdefault("MUJOCO_GL", found[0])               # a user's choice stands
-
-
-choose_gl_backend()
+# mujoco reads MUJOCO_GL when it is imported, only then. A user's choice stands; macOS and Windows have their own GL.
+for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+    if sys.platform.startswith("linux") and ctypes.util.find_library(library):
+        os.environ.setdefault("MUJOCO_GL", backend)
+os.environ.setdefault("LP_NUM_THREADS", "0")     # software GL: its threads do not survive a fork, nor gain at 64 px
 import mujoco                                         # noqa: E402  (after the choice of the backend)
 import numpy as np                                    # noqa: E402
 from mujoco.batch import Batch, SimulationError       # noqa: E402
@@ -75,11 +69,6 @@ CUBE_LANES, CUBE_HALF = (-.12, 0., .12), .028    # m
 HANDLE = np.array([0, .166, .055])               # m; the closed drawer's handle plate in the cabinet's frame
 
 # ---------------------------------------------------------------------------------------------------- domains
-SIM_CUBES = (("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
-             ("green", (.10, .65, .25)), ("orange", (.95, .45, .05)))
-REAL_CUBES = (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62)))
-PRETRAIN_CUBES = (("cyan", (.10, .78, .85)), ("magenta", (.82, .10, .72)), ("lime", (.62, .93, .10)),
-                  ("navy", (.05, .08, .38)), ("grey", (.50, .50, .52)), ("maroon", (.45, .04, .14)))
 UNSEEN_CUBES = ((("white", (.95, .95, .95)), ("black", (.08, .08, .08)), ("brown", (.40, .22, .10))),      # of sim
                 (("orange", (.90, .42, .15)), ("green", (.45, .75, .40)), ("red", (.75, .12, .12))))       # of real
 UNSEEN_OBJECTS = dict(shape=["pot", "cross", "dumbbell", "house"], cabinet=(.42, .56, .74), handle=(.75, .12, .10),
@@ -117,7 +106,11 @@ PARAMETERS = {
         accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)], [(0., 0., 0.), (.3, .7, .6)]),
         scale=(1., (.95, 1.05), (.9, 1.15)), dish_wall=(.006, (.014, .016), (.005, .017)),  # x size; m: a plate, a bowl
         dish=((.62, .80, .20), (.92, .93, .95), [(.20, .20, .70), (.90, .30, .30), (.15, .45, .40), (.95, .85, .62)]),
-        cubes=(SIM_CUBES, REAL_CUBES, PRETRAIN_CUBES),
+        cubes=((("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
+                ("green", (.10, .65, .25)), ("orange", (.95, .45, .05))),
+               (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62))),
+               (("cyan", (.10, .78, .85)), ("magenta", (.82, .10, .72)), ("lime", (.62, .93, .10)),
+                ("navy", (.05, .08, .38)), ("grey", (.50, .50, .52)), ("maroon", (.45, .04, .14)))),
         cabinet=((.93, .93, .90), (.85, .88, .92), [(.60, .45, .30), (.35, .40, .50), (.75, .65, .75)]),
         handle=((.08, .08, .08), (.16, .14, .13), [(.85, .75, .20), (.75, .75, .78), (.70, .15, .15), (.20, .25, .60)]),
         handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)))}  # x plate size; m of drawer travel
@@ -135,157 +128,140 @@ class Gap:
 
 # Parts "kind, centre xyz, half sizes [m]"; kind B box, S sphere, R rod along x, C can, E ellipsoid; capital = object
 # colour, small = accent. The origin is the grasp point; the fingers close along y, where no shape is wider than 60 mm.
-SHAPES = {
-    "cube": "B 0 0 0 .023 .023 .023", "can": "C 0 0 0 .023 .028 0", "ball": "S 0 0 0 .026 0 0",
-    "brick": "B 0 0 0 .031 .020 .018", "egg": "E 0 0 0 .032 .023 .023", "block": "B 0 0 0 .024 .020 .024",
-    "drum": "C 0 0 0 .025 .018 0", "pill": "R 0 0 0 .020 .016 0", "lens": "E 0 0 0 .027 .027 .020",
-    "carrot": "R 0 0 0 .019 .020 0; b .042 0 0 .008 .012 .008", "pear": "S 0 0 0 .026 0 0; S 0 0 .03 .015 0 0",
-    "mushroom": "E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0", "stack": "B 0 0 0 .024 .024 .02; c 0 0 .03 .017 .01 0",
-    "bottle": "C 0 0 0 .023 .026 0; c 0 0 .036 .011 .010 0", "corn": "R 0 0 0 .02 .018 0; b -.026 0 0 .016 .02 .012",
-    "eggplant": "E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .01 .01", "pot": "C 0 0 0 .027 .02 0; b .036 0 .01 .012 .007 .006",
-    "sponge": "B 0 0 .01 .031 .022 .01; b 0 0 -.01 .031 .022 .01", "cross": "B 0 0 0 .03 .014 .016; b 0 0 0 .012 .026 .016",
-    "dumbbell": "C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .02", "house": "B 0 0 0 .025 .02 .018; b 0 0 .026 .016 .013 .008",
-    "tee": "B .014 0 0 .012 .024 .016; B -.016 0 0 .02 .014 .016"}
+SHAPES = dict(
+    cube="B 0 0 0 .023 .023 .023", mushroom="E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0",
+    can="C 0 0 0 .023 .028 0", eggplant="E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .01 .01", drum="C 0 0 0 .025 .018 0",
+    ball="S 0 0 0 .026 0 0", sponge="B 0 0 .01 .031 .022 .01; b 0 0 -.01 .031 .022 .01", brick="B 0 0 0 .031 .02 .018",
+    egg="E 0 0 0 .032 .023 .023", tee="B .014 0 0 .012 .024 .016; B -.016 0 0 .02 .014 .016", pill="R 0 0 0 .02 .016 0",
+    block="B 0 0 0 .024 .02 .024", dumbbell="C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .02",
+    lens="E 0 0 0 .027 .027 .02", house="B 0 0 0 .025 .02 .018; b 0 0 .026 .016 .013 .008",
+    carrot="R 0 0 0 .019 .02 0; b .042 0 0 .008 .012 .008", pot="C 0 0 0 .027 .02 0; b .036 0 .01 .012 .007 .006",
+    pear="S 0 0 0 .026 0 0; S 0 0 .03 .015 0 0", cross="B 0 0 0 .03 .014 .016; b 0 0 0 .012 .026 .016",
+    stack="B 0 0 0 .024 .024 .02; c 0 0 .03 .017 .01 0", corn="R 0 0 0 .02 .018 0; b -.026 0 0 .016 .02 .012",
+    bottle="C 0 0 0 .023 .026 0; c 0 0 .036 .011 .01 0")
 UNTURNED = ("can", "ball", "mushroom", "bottle", "pear", "drum", "lens", "stack")      # nobody could see their yaw
-GEOM_TYPE = {name[0]: getattr(mujoco.mjtGeom, "mjGEOM_" + mujoco_name) for name, mujoco_name in (
-    ("Box", "BOX"), ("Sphere", "SPHERE"), ("Rod", "CAPSULE"), ("Can", "CYLINDER"), ("Ellipsoid", "ELLIPSOID"))}
+KINDS = dict(B="box", S="sphere", R="capsule", C="cylinder", E="ellipsoid")            # MuJoCo's names
 
 # ---------------------------------------------------------------------------------------------------- robot and scenes
 # Franka Panda: kinematics and inertias of MuJoCo Menagerie / franka_ros (identified by Gaz et al. 2019). A row a link:
-# position in its parent [m], quaternion, mass [kg], centre of mass [m], inertia xx yy zz xy xz yz [kg m2], joint range
-# [rad], looks: C capsule, Y cylinder (from, to, radius), B box (centre, half sizes); capital = white, small = dark.
+# position in its parent [m], quarter turns about x, mass [kg], centre of mass [m], inertia xx yy zz xy xz yz [kg m2],
+# joint range [rad], looks: R rod, C can (from, to, radius), B box (centre, half sizes); capital = white, small = dark.
 LINKS = (
-    ("0 0 .333", "1 0 0 0", 4.970684, ".003875 .002081 -.04762", ".70337 .70661 .009117 -.000139 .006772 .019169",
-     "-2.8973 2.8973", "C 0 0 -.165 0 -.02 -.03 .056; C 0 -.0745 0 0 0 0 .055"),
-    ("0 0 0", "1 -1 0 0", .646926, "-.003141 -.02872 .003495", ".007962 .02811 .025995 -.003925 .010254 .000704",
-     "-1.7628 1.7628", "C 0 0 0 0 0 .0745 .055; C 0 -.03 .02 0 -.165 0 .056"),
-    ("0 -.316 0", "1 1 0 0", 3.228604, ".027518 .039252 -.066502", ".037242 .036155 .01083 -.004761 -.011396 -.012805",
-     "-2.8973 2.8973", "C 0 0 -.09 .01 .01 -.01 .055; c .0825 0 0 .0825 .056 0 .055; C .02 .02 0 .0825 .04 0 .05"),
-    (".0825 0 0", "1 1 0 0", 3.587895, "-.05317 .104419 .027454", ".025853 .019552 .028323 .007796 -.001332 .008641",
-     "-3.0718 -.0698", "c 0 0 0 0 0 .056 .055; C -.02 .02 .03 -.0825 .06 0 .052; C -.0825 .03 0 -.0825 .069 0 .055"),
-    ("-.0825 .384 0", "1 -1 0 0", 1.225946, "-.011953 .041065 -.038437",
-     ".035549 .029474 .008627 -.002117 -.004037 .000229", "-2.8973 2.8973",
-     "C 0 0 -.22 0 .01 -.15 .054; C 0 .03 -.16 0 .075 -.02 .05; y 0 .05 0 0 .128 0 .05"),
-    ("0 0 0", "1 1 0 0", 1.666555, ".060149 -.014117 -.010517", ".001964 .004354 .005433 .000109 -.001158 .000341",
-     "-.0175 3.7525", "Y 0 0 -.044 0 0 .056 .05; C .01 .01 .005 .088 .02 .005 .045; Y .088 .0817 0 .088 -.0514 0 .044"),
-    (".088 0 0", "1 1 0 0", .735522, ".010517 -.004252 .061597", ".012516 .010027 .004815 -.000428 -.001196 -.000741",
-     "-2.8973 2.8973", "Y 0 0 .052 0 0 .107 .044; c .02 .02 .08 .055 .055 .08 .025"))
-SERVO_KP, FINGER_KP = (1000, 1000, 750, 750, 300, 300, 300), 1000      # N m/rad, N/m
+    ("0 0 .333", 0, 4.970684, ".003875 .002081 -.04762", ".70337 .70661 .009117 -.000139 .006772 .019169",
+     "-2.8973 2.8973", "R 0 0 -.165 0 -.02 -.03 .056; R 0 -.0745 0 0 0 0 .055"),
+    ("0 0 0", -1, .646926, "-.003141 -.02872 .003495", ".007962 .02811 .025995 -.003925 .010254 .000704",
+     "-1.7628 1.7628", "R 0 0 0 0 0 .0745 .055; R 0 -.03 .02 0 -.165 0 .056"),
+    ("0 -.316 0", 1, 3.228604, ".027518 .039252 -.066502", ".037242 .036155 .01083 -.004761 -.011396 -.012805",
+     "-2.8973 2.8973", "R 0 0 -.09 .01 .01 -.01 .055; r .0825 0 0 .0825 .056 0 .055; R .02 .02 0 .0825 .04 0 .05"),
+    (".0825 0 0", 1, 3.587895, "-.05317 .104419 .027454", ".025853 .019552 .028323 .007796 -.001332 .008641",
+     "-3.0718 -.0698", "r 0 0 0 0 0 .056 .055; R -.02 .02 .03 -.0825 .06 0 .052; R -.0825 .03 0 -.0825 .069 0 .055"),
+    ("-.0825 .384 0", -1, 1.225946, "-.011953 .041065 -.038437", ".035549 .029474 .008627 -.002117 -.004037 .000229",
+     "-2.8973 2.8973", "R 0 0 -.22 0 .01 -.15 .054; R 0 .03 -.16 0 .075 -.02 .05; c 0 .05 0 0 .128 0 .05"),
+    ("0 0 0", 1, 1.666555, ".060149 -.014117 -.010517", ".001964 .004354 .005433 .000109 -.001158 .000341",
+     "-.0175 3.7525", "C 0 0 -.044 0 0 .056 .05; R .01 .01 .005 .088 .02 .005 .045; C .088 .0817 0 .088 -.0514 0 .044"),
+    (".088 0 0", 1, .735522, ".010517 -.004252 .061597", ".012516 .010027 .004815 -.000428 -.001196 -.000741",
+     "-2.8973 2.8973", "C 0 0 .052 0 0 .107 .044; r .02 .02 .08 .055 .055 .08 .025"))
+SERVO_KP = np.array([1000, 1000, 750, 750, 300, 300, 300, 1000, 1000])      # N m/rad; of the fingers N/m
 ARM_TORQUE = (87, 87, 87, 87, 12, 12, 12)              # N m, limits of the real joints
 TOOL_LENGTH = .107 + .1034                             # m from the last joint to the TCP between the pads
 
 
-def geoms_xml(text, classes):
-    """MJCF of the geoms in text, written as the looks of LINKS; classes = (of capital letters, of small ones)."""
+# Surfaces, each an MJCF class and a material with the colour of the parameter of its name (dark: fixed): contype.
+# Pads meet bits 1 and 2, loose objects bit 1. A solid drawer would be closed by random motions in 14 % of the episodes.
+SURFACES = dict(robot=0, dark=0, wall=0, dish=3, rim=3, cabinet=0, handle=2)
+
+def geoms_xml(text, surfaces=("robot", "dark")):
+    """MJCF of the geoms in text, written as the looks of LINKS; surfaces = (of capital letters, of small ones)."""
     geoms = ""
     for kind, *n in map(str.split, text.split(";")):
-        shape = (f'type="box" pos="{" ".join(n[:3])}" size="{" ".join(n[3:])}"' if kind in "bB" else
-                 f'type="{dict(c="capsule", y="cylinder")[kind.lower()]}" fromto="{" ".join(n[:6])}" size="{n[6]}"')
-        geoms += f'<geom class="{classes[kind.islower()]}" {shape}/>'
+        where, size = ("pos", n[3:]) if kind in "bB" else ("fromto", n[6:])
+        geoms += (f'<geom class="{surfaces[kind.islower()]}" type="{KINDS[kind.upper()]}" '
+                  f'{where}="{" ".join(n[:-len(size)])}" size="{" ".join(size)}"/>')
     return geoms
-
 
 def panda_xml():
     """MJCF of arm, hand and fingers, weight-compensated; only the finger pads collide. Joints 0-8 of every scene."""
-    paint = ("white", "dark")
     arm = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1"><inertial pos="-.01 0 .03" '
            'mass=".73" diaginertia=".001 .0025 .0017"/>'
-           + geoms_xml("B 0 0 .033 .0316 .102 .033; Y 0 0 -.02 0 0 .01 .044", paint))
+           + geoms_xml("B 0 0 .033 .0316 .102 .033; C 0 0 -.02 0 0 .01 .044"))
     for side, quat in (("left", "1 0 0 0"), ("right", "0 0 0 1")):
         arm += (f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
                 '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
                 f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1"/>'
-                + geoms_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014", paint)
+                + geoms_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014")
                 + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>')
     arm += "</body>"
-    for k, (pos, quat, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS))):
-        arm = (f'<body name="link{k}" pos="{pos}" quat="{quat}" gravcomp="1"><inertial pos="{com}" mass="{mass}" '
+    for k, (pos, tilt, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS))):
+        arm = (f'<body name="link{k}" pos="{pos}" quat="1 {tilt} 0 0" gravcomp="1"><inertial pos="{com}" mass="{mass}" '
                f'fullinertia="{inertia}"/><joint name="joint{k}" range="{limits}" armature=".1" damping="1"/>'
-               f'{geoms_xml(looks, paint)}{arm}</body>')
-    return geoms_xml("B -.045 0 .035 .09 .08 .035; Y 0 0 0 0 0 .14 .07", paint) + arm
+               f'{geoms_xml(looks)}{arm}</body>')
+    return geoms_xml("B -.045 0 .035 .09 .08 .035; C 0 0 0 0 0 .14 .07") + arm
 
+# What stands on the table: MJCF of its bodies; contact sensors. The handle plate is .065 m off the drawer's front, as
+# the open gripper needs .055 m on either side of it.
+SCENES = {
+    # a free object of two interchangeable parts; a dish: a floor and eight walls
+    "pick": (f"""<body name="object" pos="0 0 .1"><freejoint/>
+        <replicate count="2"><geom name="part" type="box" size=".02 .02 .02" condim="4"/></replicate></body>
+        <body name="dish" mocap="true"><geom class="dish" type="cylinder" size=".062 .004" pos="0 0 .004"/>
+        <frame euler="0 0 {np.pi / 8}"><replicate count="8" euler="0 0 {np.pi / 4}">
+        <geom class="rim" type="box" pos=".062 0 .01" size=".004 .0265 .01"/></replicate></frame></body>""",
+        [f'geom1="pad_{side}" body2="object" data="force"' for side in ("left", "right")]),
+    # three free cubes, cube0 to cube2
+    "push": (f"""<replicate count="3" offset="0 1 0"><body name="cube" pos="0 0 .1"><freejoint/><geom name="cube"
+        type="box" size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body></replicate>""",
+        [f'subtree1="hand" body2="cube{k}" data="found"' for k in range(3)]),
+    # a cabinet that is open towards +y; a drawer with a handle plate on two pegs
+    "drawer": ('<body name="cabinet" mocap="true">'
+        + geoms_xml("B 0 0 .106 .1 .1 .004; B 0 0 .004 .1 .1 .004; B -.096 0 .055 .004 .1 .047;"
+                    "B .096 0 .055 .004 .1 .047; B 0 -.096 .055 .092 .004 .047", ("cabinet", "handle"))
+        + '<body name="drawer" pos="0 .1 .055"><joint type="slide" axis="0 1 0" range="0 .2" armature=".05"/>'
+        + geoms_xml("B 0 0 0 .09 .005 .045; B 0 -.098 -.04 .086 .093 .004; B -.086 -.098 -.015 .004 .093 .028;"
+                    "B .086 -.098 -.015 .004 .093 .028; b -.03 .032 0 .004 .032 .004; b .03 .032 0 .004 .032 .004",
+                    ("cabinet", "handle"))
+        + '<geom name="handle" class="handle" type="box" pos="0 .066 0" size=".045 .005 .018"/></body></body>',
+        ['subtree1="hand" body2="drawer" data="found"'])}
 
-def scene_parts(scene):
-    """MJCF (bodies, contact sensors) of the things on the table in scene "pick", "push" or "drawer"."""
-    touch = '<contact {} body2="{}" num="1" data="{}" reduce="netforce"/>'
-    if scene == "pick":            # a free object of two interchangeable parts; a dish, that is a floor and eight walls
-        walls = "".join(f'<geom class="first" pos="{.062 * np.cos(a)} {.062 * np.sin(a)} .01" size=".004 .0265 .01" '
-                        f'euler="0 0 {a}"/>' for a in (np.arange(8) + .5) * np.pi / 4)
-        parts = "".join(f'<geom name="part{k}" type="box" size=".02 .02 .02" condim="4"/>' for k in range(2))
-        return (f'<body name="object" pos="0 0 .1"><freejoint/>{parts}</body><body name="dish" mocap="true">'
-                f'<geom class="second" type="cylinder" size=".062 .004" pos="0 0 .004"/>{walls}</body>',
-                "".join(touch.format(f'geom1="pad_{side}"', "object", "force") for side in ("left", "right")))
-    if scene == "push":            # three free cubes
-        return ("".join(f'<body name="cube{k}" pos="0 {k} .1"><freejoint/><geom name="cube{k}" type="box" '
-                        f'size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body>' for k in range(3)),
-                "".join(touch.format('subtree1="hand"', f"cube{k}", "found") for k in range(3)))
-    # A cabinet that is open towards +y, and a drawer with a handle plate on two pegs. The plate stands .065 m off the
-    # front, as the open gripper needs .055 m on either side of it. Only handle and finger pads collide: with a solid
-    # drawer, random motions would close it in 14 % of the episodes.
-    cabinet = ("B 0 0 .106 .1 .1 .004; B 0 0 .004 .1 .1 .004; B -.096 0 .055 .004 .1 .047; B .096 0 .055 .004 .1 .047;"
-               "B 0 -.096 .055 .092 .004 .047")
-    drawer = ("B 0 0 0 .09 .005 .045; B 0 -.098 -.04 .086 .093 .004; B -.086 -.098 -.015 .004 .093 .028;"
-              "B .086 -.098 -.015 .004 .093 .028; b -.03 .032 0 .004 .032 .004; b .03 .032 0 .004 .032 .004")
-    return ('<body name="cabinet" mocap="true">' + geoms_xml(cabinet, ("first", "second"))
-            + '<body name="drawer" pos="0 .1 .055"><joint type="slide" axis="0 1 0" range="0 .2" armature=".05"/>'
-            + geoms_xml(drawer, ("first", "second")) + '<geom name="handle" class="second" pos="0 .066 0" '
-            'size=".045 .005 .018"/></body></body>', touch.format('subtree1="hand"', "drawer", "found"))
-
-
-WHITE, CLUTTER, FIRST, SECOND = 1, 3, 4, 5     # geom groups: what shares a group shares its colour
-
+# One quad, few slices, no multi-sampling, no shadow maps: software OpenGL pays for triangles, not for pixels.
+FAST = '<quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/><headlight active="0"/>'
 
 def scene_xml(scene, image_size):
-    """Complete MJCF of the scene "pick", "push" or "drawer".
-
-    One quad, few slices, no multi-sampling, no shadow maps: software OpenGL pays for triangles, not for pixels."""
-    bodies, sensors = scene_parts(scene)
-    first, second = (3, 3) if scene == "pick" else (0, 2)      # contype; pads meet 1 and 2, loose objects meet 1
+    """Complete MJCF of the scene "pick", "push" or "drawer"."""
+    (bodies, sensors), pixels = SCENES[scene], max(image_size, 8)
     textures = "".join(
         f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="random" markrgb="{rgb}" '
-        f'random="{density}" width="{size}" height="{size}"/>'
-        f'<material name="{name}" texture="{name}" texrepeat="6 6" specular="0" shininess="0"/>'
+        f'random="{density}" width="{size}" height="{size}"/><material name="{name}" texture="{name}" texrepeat="6 6"/>'
         for name, builtin, rgb, density, size in (
             ("wood", "flat", ".82 .72 .62", .25, 64), ("slate", "flat", ".55 .62 .62", .12, 48),
             ("dots", "flat", ".55 .55 .55", .03, 24), ("tiles", "checker", ".75 .75 .75", 0, 16),
             ("stains", "flat", ".5 .5 .5", .005, 12), ("plain", "flat", "1 1 1", 0, 8)))
-    clutter = "".join(f'<geom class="clutter" pos="{at}" size="{size}" rgba="{rgb} 1"/>' for at, size, rgb in (
-        ("-.25 .45 .15", ".08 .10 .15", ".2 .22 .3"), ("-.35 -.35 .22", ".10 .08 .22", ".25 .18 .15"),
-        ("-.02 -.42 .05", ".06 .05 .05", ".35 .3 .1"), (".10 .46 .001", ".16 .12 .001", ".08 .45 .2")))
-    servos = "".join(f'<position joint="{joint}" kp="1" kv="1" forcerange="-1 1"/>'     # gains: VecEnv.apply_dynamics
+    materials = "".join(f'<material name="{name}" rgba=".18 .18 .20 1"/>' for name in SURFACES)
+    classes = "".join(f'<default class="{name}"><geom material="{name}" contype="{contype}" conaffinity="0"/></default>'
+                      for name, contype in SURFACES.items())
+    sensors = "".join(f'<contact {what} num="1" reduce="netforce"/>' for what in sensors)
+    clutter = "".join(f'<geom class="wall" group="3" type="box" rgba="{rgb} 1" {box}/>' for rgb, box in (
+        (".2 .22 .3", 'pos="-.25 .45 .15" size=".08 .1 .15"'), (".25 .18 .15", 'pos="-.35 -.35 .22" size=".1 .08 .22"'),
+        (".35 .3 .1", 'pos="-.02 -.42 .05" size=".06 .05 .05"'), (".08 .45 .2", 'pos=".1 .46 0" size=".16 .12 .002"')))
+    servos = "".join(f'<position joint="{joint}" kp="1" kv="1" forcerange="-1 1"/>'     # gains: VecEnv.apply
                      for joint in [f"joint{k}" for k in range(7)] + ["left", "right"])
-    return f"""<mujoco>
-  <compiler angle="radian" autolimits="true"/>
+    return f"""<mujoco><compiler angle="radian" autolimits="true"/><statistic extent="1" center=".4 0 .2"/>
   <option timestep="{PHYSICS_DT}" integrator="implicitfast" cone="elliptic" impratio="10"><flag midphase="disable"/>
-  </option>
-  <visual><global offwidth="{max(image_size, 8)}" offheight="{max(image_size, 8)}"/><map znear=".05" zfar="8"/>
-    <quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/><headlight active="0"/></visual>
-  <statistic extent="1" center=".4 0 .2"/>
-  <default>
-    <default class="white"><geom contype="0" conaffinity="0" mass="0" group="1"/></default>
-    <default class="dark"><geom contype="0" conaffinity="0" mass="0" group="2" rgba=".18 .18 .20 1"/></default>
-    <default class="clutter"><geom type="box" contype="0" conaffinity="0" mass="0" group="3"/></default>
-    <default class="first"><geom type="box" contype="{first}" conaffinity="0" group="4"/></default>
-    <default class="second"><geom type="box" contype="{second}" conaffinity="0" group="5"/></default>
-    <default class="pad"><geom type="box" conaffinity="3" mass="0" condim="4" friction="1 .005 .0001" solref=".01 1"
-      solimp=".95 .99 .001" rgba=".25 .25 .27 1"/></default>
-  </default>
-  <asset>{textures}</asset>
+  </option><visual><global offwidth="{pixels}" offheight="{pixels}"/><map znear=".05" zfar="8"/>{FAST}</visual>
+  <default>{classes}<default class="pad"><geom type="box" conaffinity="3" condim="4" friction="1 .005 .0001"
+    solref=".01 1" solimp=".95 .99 .001" rgba=".25 .25 .27 1"/></default></default>
+  <asset>{textures}{materials}</asset>
   <worldbody>
     <light type="directional" castshadow="false" specular="0 0 0"/>
     <body name="look_at" mocap="true"/><camera mode="targetbody" target="look_at"/>
     <geom name="table" type="box" pos=".35 0 -.02" size=".55 .60 .02" material="wood" friction=".6 .005 .0001"/>
-    <geom name="wall" class="clutter" group="0" pos="-.60 0 .4" size=".01 1.6 1.2"/>
+    <geom class="wall" type="box" pos="-.60 0 .4" size=".01 1.6 1.2"/>
     {clutter}{panda_xml()}{bodies}
   </worldbody>
-  <actuator>{servos}</actuator>
-  <sensor>{sensors}</sensor>
-</mujoco>"""
+  <actuator>{servos}</actuator><sensor>{sensors}</sensor></mujoco>"""
 
 # ---------------------------------------------------------------------------------------------------- kinematics
 JOINT_OFFSET = np.array([[float(x) for x in link[0].split()] for link in LINKS])       # (7, 3) m
 JOINT_RANGE = np.array([[float(x) for x in link[5].split()] for link in LINKS]).T      # (2, 7) rad
-
 
 def rotation(axis, angle):
     """(..., 3, 3) rotation matrices about x, y or z (axis 0, 1, 2) by angle (...) [rad]."""
@@ -294,15 +270,11 @@ def rotation(axis, angle):
     matrix[..., i, j], matrix[..., j, i] = -np.sin(angle), np.sin(angle)
     return matrix
 
-
-# The fixed part of each joint's frame is a quarter turn about x: the quaternion (1, +-1, 0, 0) of LINKS.
-JOINT_TILT = rotation(0, np.array([np.pi / 2 * float(link[1].split()[1]) for link in LINKS]))      # (7, 3, 3)
+JOINT_TILT = rotation(0, np.pi / 2 * np.array([link[1] for link in LINKS]))             # (7, 3, 3)
 TOOL_TURN = rotation(2, np.array(-np.pi / 4))                                           # (3, 3)
-
 
 def forward_kinematics(q):
     """TCP position (N, 3) [m], rotation (N, 3, 3) and Jacobian (N, 6, 7) for joint angles q (N, 7) [rad].
-
     Jacobian rows: linear, then angular velocity of the TCP in the base frame, per rad/s of each joint."""
     local = JOINT_TILT @ rotation(2, q)                        # (N, 7, 3, 3) each joint's frame in the one before
     position, frame = np.zeros((len(q), 3)), np.tile(np.eye(3), (len(q), 1, 1))
@@ -316,10 +288,8 @@ def forward_kinematics(q):
     linear = axes[..., [1, 2, 0]] * arm[..., [2, 0, 1]] - axes[..., [2, 0, 1]] * arm[..., [1, 2, 0]]   # axis x arm
     return position, frame @ TOOL_TURN, np.concatenate([linear, axes], -1).swapaxes(1, 2)
 
-
 def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.05, max_step=.25):
     """Joint angles (N, 7) that bring the TCP to position (N, 3) and frame (N, 3, 3), starting from q (N, 7).
-
     Damped least squares with a pull towards HOME in the null space; three iterations leave 0.01 mm of a 3 cm step:
         dq = J+ e + (I - J+ J) posture (HOME - q),    J+ = J^T (J J^T + damping^2 I)^-1"""
     for _ in range(iterations):
@@ -333,31 +303,32 @@ def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.0
         q = np.clip(q + dq, JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
     return q
 
-
 def euler_of(frame):
     """Roll in [0, 2 pi) (straight down is pi), pitch, yaw (N, 3) [rad] of R = Rz(yaw) Ry(pitch) Rx(roll), (N, 3, 3)."""
     return np.stack([np.arctan2(frame[:, 2, 1], frame[:, 2, 2]) % (2 * np.pi),
                      -np.arcsin(np.clip(frame[:, 2, 0], -1, 1)), np.arctan2(frame[:, 1, 0], frame[:, 0, 0])], 1)
 
-
 # ---------------------------------------------------------------------------------------------------- rendering
 GL_CONTEXT = {}   # process id: context, one for all environments of a process: MuJoCo frees the buffers of a collected
 #                   environment in whatever context is current, which would destroy another one's
 
-
 def open_gl():
     """Make this process's off-screen OpenGL context current, creating it if need be. RuntimeError: what to install."""
     try:
-        if os.getpid() not in GL_CONTEXT:                      # a forked child must not use its parent's context
-            GL_CONTEXT[os.getpid()] = mujoco.GLContext(8, 8)   # pictures are drawn into MuJoCo's own frame buffers
-        GL_CONTEXT[os.getpid()].make_current()
+        if os.getpid() in GL_CONTEXT:                          # a forked child must not use its parent's context
+            return GL_CONTEXT[os.getpid()].make_current()
+        context = mujoco.GLContext(8, 8)                       # pictures are drawn into MuJoCo's own frame buffers
+        context.make_current()
+        mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 50).free()      # some backends fail only here
     except Exception as error:     # every backend fails in its own way: ImportError, AttributeError, FatalError ...
         raise RuntimeError(
             f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with "
             f"{type(error).__name__}: {error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start "
             "Python with MUJOCO_GL=egl (or osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; "
             "macOS and Windows: unset MUJOCO_GL. Without pictures: image_size=0.") from error
-
+    GL_CONTEXT[os.getpid()] = context
+    atexit.register(context.free)                              # while ctypes still works
+    gl_renderer_name()                                         # warns of a slow one
 
 def gl_renderer_name():
     """Name of the current OpenGL renderer; warns if it is a software one on a machine with an NVIDIA GPU."""
@@ -370,7 +341,7 @@ def gl_renderer_name():
 
 
 class Scene:
-    """One compiled MJCF and a mujoco Batch of it; row i of every array and of every model field belongs to environment i."""
+    """One compiled MJCF and a mujoco Batch of it; row i of every array and model field belongs to environment i."""
 
     def __init__(self, name, num_envs, image_size):
         self.size, self.model = image_size, mujoco.MjModel.from_xml_string(scene_xml(name, image_size))
@@ -384,17 +355,16 @@ class Scene:
             open_gl()
             self.data, self.option, self.camera = mujoco.MjData(self.model), mujoco.MjvOption(), mujoco.MjvCamera()
             self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
-            self.option.geomgroup[:], self.view = 1, mujoco.MjvScene(self.model, maxgeom=200)
+            self.view = mujoco.MjvScene(self.model, maxgeom=200)
             self.view.flags[:] = 0                             # no shadow map, reflection, skybox, haze
             self.view.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 1     # without it every face is drawn twice
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
             self.rect = mujoco.MjrRect(0, 0, image_size, image_size)
 
     def set_geom(self, i, name, **values):
-        """Write geom_<field> of one geom, or of all geoms of a group, of environment i."""
-        geoms = self.model.geom(name).id if isinstance(name, str) else self.model.geom_group == name
+        """Write fields geom_... of one geom of environment i."""
         for field, value in values.items():
-            self.field("geom_" + field)[i, geoms] = value
+            self.field("geom_" + field)[i, self.model.geom(name).id] = value
 
     def render(self, i, tcp, drawn):
         """Picture (H, W, 3) uint8 of environment i and the seconds that OpenGL took. Shadows are discs under the loose
@@ -402,6 +372,7 @@ class Scene:
         model, data, view = self.models[i], self.batch.get_data(i, self.data), self.view
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
+        self.option.geomgroup[3] = drawn.clutter
         mujoco.mjv_updateScene(model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, view)
         for x, y, z in [*data.xpos[self.loose], tcp] if drawn.shadow else ():
             mujoco.mjv_initGeom(view.geoms[view.ngeom], mujoco.mjtGeom.mjGEOM_CYLINDER, np.array([.028, .028, .0004]),
@@ -419,7 +390,6 @@ class Scene:
 # Sensor noise of sigma 1, in 1/16: drawn once and cut at random places, since fresh noise costs 10 x a look-up.
 NOISE = (16 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.int16)
 
-
 def process_image(image, drawn, step):
     """Tone curve, blur and sensor noise of a frame (H, W, 3) uint8; a function of `drawn` and the step."""
     if drawn.curves is not None:                               # (3, 256)
@@ -434,7 +404,6 @@ def process_image(image, drawn, step):
         image = np.clip(image.astype(np.int16) + noise, 0, 255)
     return image.astype(np.uint8)
 
-
 # ---------------------------------------------------------------------------------------------------- environments
 def draw(rng, value):
     """Sample an entry of PARAMETERS: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
@@ -445,7 +414,6 @@ def draw(rng, value):
 
 class VecEnv:
     """N environments of one task, or of `all`, stepped together; each restarts by itself when its episode ends.
-
     task: a name in TASKS, or "all": every episode draws its task.    domain: one of DOMAINS.    num_envs: N.
     seed: which sequence of episodes.    image_size: pixels (H = W), 8 to 512; 0 = no pictures and no OpenGL.
     variant: "seen", "unseen-objects" (held-out shapes, colours), "unseen-states" (held-out starts); not in pretrain.
@@ -480,11 +448,12 @@ class VecEnv:
         self.seconds, self.frames = dict(physics=0., gl=0.), 0     # of mj_step and OpenGL; pictures; so far
         self.episode, self.steps, self.horizon, self.latency, self.named = np.zeros((5, n), int)    # latency in blocks
         self.task, self.scene_of, self.instruction, self.drawn, self.acting = np.full((5, n), None)
-        self.scale, self.rest, self.stroke, self.start_distance, self.object_yaw = np.ones((5, n))
+        self.scale, self.rest, self.start_distance, self.object_yaw = np.ones((4, n))
         self.touched, self.succeeded, self.lost, self.diverged = np.zeros((4, n), bool)     # latches of the episode
         self.touch, self.success, self.wrong = np.zeros((3, n), bool)                       # now
         self.target, self.tcp, self.object, self.goal = np.zeros((4, n, 3))     # m: commanded TCP; measured TCP, ...
-        self.target_frame, self.frame, self.start = np.zeros((3, n, 3, 3))      # start: m, of the loose bodies
+        self.target_frame, self.frame = np.zeros((2, n, 3, 3))
+        self.start = np.zeros((n, 3, 2))                                        # m, where the cubes were put
         self.q_new, self.q_old, self.q_older = np.zeros((3, n, 7))              # set-points at the ends of three steps
         self.grip_new, self.grip_old, self.opening, self.finger_speed = np.zeros((4, n))
         self.images = np.zeros((n, image_size, image_size, 3), np.uint8)
@@ -496,9 +465,20 @@ class VecEnv:
         return self.observe(np.arange(self.num_envs))
 
     def begin_episodes(self, ids):
-        """Put environments ids into their next scenes; no other environment is touched."""
-        self.start_robots(ids, [self.arrange(i) for i in ids])
+        """Put environments ids into their next scenes; no other environment is touched. The arms start near HOME,
+        grippers open, controller targets = where the tools really are."""
+        for i in ids:
+            self.arrange(i)
+        off = np.array([self.drawn[i].arm for i in ids])       # (n, 10) in [-1, 1]: joints, then TCP
+        tcp, frame, _ = forward_kinematics(q := HOME + off[:, :7] * self.parameters["start_joints"])
+        reach = self.parameters["start_tcp"] + UNSEEN_BAND * self.unseen_states
+        q = inverse_kinematics(q, np.clip(tcp + off[:, 7:] * reach, *WORKSPACE), frame)
+        self.q_new[ids] = self.q_old[ids] = self.q_older[ids] = q
+        self.target[ids], self.target_frame[ids], _ = forward_kinematics(q)
+        self.grip_new[ids] = self.grip_old[ids] = FINGER_OPEN
         for _, scene, rows in self.members(ids):
+            scene.qpos[rows, :7] = scene.ctrl[rows, :7] = self.q_new[rows]
+            scene.qpos[rows, 7:9] = scene.ctrl[rows, 7:9] = FINGER_OPEN
             scene.batch.set_const(rows)                        # what follows from sizes and masses
             scene.batch.forward(rows)
             for i in rows if self.image_size else ():
@@ -507,25 +487,23 @@ class VecEnv:
         self.start_distance[ids] = np.linalg.norm((self.object - self.goal)[ids], axis=1)
 
     def arrange(self, i):
-        """Draw the next episode of environment i and write its scene; returns the random stream left for the robot."""
+        """Draw the next episode of environment i and write its scene."""
         self.episode[i], self.next_episode = self.next_episode, self.next_episode + self.episode_stride
         key = [self.seed, DOMAINS.index(self.domain), self.episode[i]]     # a stream a part: Gap changes one part only
         layout, *parts, self.acting[i] = (np.random.default_rng([*key, stream]) for stream in range(5))
         self.task[i] = draw(layout, self.tasks)
         self.scene_of[i], self.horizon[i], self.steps[i] = *TASKS[self.task[i]][:2], 0
         self.instruction[i] = draw(layout, self.wordings[self.task[i]])
-        self.touched[i] = self.succeeded[i] = self.lost[i] = self.diverged[i] = False
+        self.touched[i] = self.succeeded[i] = self.lost[i] = self.diverged[i] = self.wrong[i] = False
         self.drawn[i] = drawn = types.SimpleNamespace()
         for rng, part in zip(parts, PARAMETERS):
             vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]})
         drawn.repeats = parts[0].random(self.horizon[i] + 1) < drawn.stale     # whether step t shows the last frame
-        drawn.noise_seed = parts[0].integers(1 << 20)
+        drawn.noise_seed, drawn.arm = parts[0].integers(1 << 20), parts[1].uniform(-1, 1, 10)
         scene = self.scenes[self.scene_of[i]]
         scene.batch.reset([i], stage=0)
-        self.apply_looks(scene, i, drawn)
-        self.apply_dynamics(scene, i, drawn)
+        self.apply(scene, i, drawn)
         getattr(self, "place_" + self.scene_of[i])(scene, i, layout, drawn)
-        return parts[1]
 
     def start_xy(self, layout, name):
         """A start position (2,) [m] in START[name], or in the band of UNSEEN_BAND around it."""
@@ -539,23 +517,22 @@ class VecEnv:
         """An object of random shape, colour and yaw, and the dish."""
         parts = [part.split() for part in SHAPES[drawn.shape].split(";")]
         scene.set_geom(i, "part1", rgba=0, contype=0, conaffinity=0)           # off, unless the shape has two parts
-        self.named[i] = self.rest[i] = 0
+        self.named[i] = self.rest[i] = self.goal[i, 2] = 0
         for k, (kind, *numbers) in enumerate(parts):
             numbers = drawn.scale * np.array(numbers, float)
-            scene.set_geom(i, f"part{k}", type=GEOM_TYPE[kind.upper()], pos=numbers[:3], size=numbers[3:],
-                           rgba=(*(drawn.colour if kind.isupper() else drawn.accent), 1), contype=1, conaffinity=1,
+            scene.set_geom(i, f"part{k}", type=getattr(mujoco.mjtGeom, "mjGEOM_" + KINDS[kind.upper()].upper()),
+                           pos=numbers[:3], size=numbers[3:], contype=1, conaffinity=1,
+                           rgba=(*(drawn.colour if kind.isupper() else drawn.accent), 1),
                            quat=(.5 ** .5, 0, .5 ** .5, 0) if kind == "R" else (1, 0, 0, 0))
             height = numbers[dict(S=3, R=3, C=4).get(kind.upper(), 5)]
             self.rest[i] = max(self.rest[i], height - numbers[2])              # m, of the origin on the table
-        scene.set_geom(i, SECOND, rgba=(*drawn.dish, 1))
-        scene.set_geom(i, FIRST, rgba=(*.85 * np.array(drawn.dish), 1))
-        walls = scene.model.geom_group == FIRST
-        scene.field("geom_size")[i, walls, 2] = scene.field("geom_pos")[i, walls, 2] = drawn.dish_wall
+        rim = scene.model.geom_matid == scene.model.material("rim").id
+        scene.field("geom_size")[i, rim, 2] = scene.field("geom_pos")[i, rim, 2] = drawn.dish_wall
         yaw, xy, dish = layout.uniform(-START_TURN, START_TURN) * (drawn.shape not in UNTURNED), 0, 0
         while np.linalg.norm(xy - dish) < START_APART:
             xy, dish = self.start_xy(layout, "object"), self.start_xy(layout, "dish")
         scene.qpos[i, 9:16] = *xy, self.rest[i], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-        scene.mocap_pos[i, 1, :2] = dish
+        scene.mocap_pos[i, 1, :2] = self.goal[i, :2] = dish
 
     def place_push(self, scene, i, layout, drawn):
         """Three cubes of different colours in three lanes; the instruction names one."""
@@ -564,28 +541,29 @@ class VecEnv:
         self.instruction[i] = self.instruction[i].format(colour=cubes[self.named[i]][0])
         for k, (_, rgb) in enumerate(cubes):
             scene.set_geom(i, f"cube{k}", rgba=(*rgb, 1))
-            yaw, (x, y) = layout.uniform(-.5, .5) * START_TURN, self.start_xy(layout, "cube")
-            pose = x, CUBE_LANES[k] + y, CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = pose
+            yaw = layout.uniform(-.5, .5) * START_TURN
+            self.start[i, k] = self.start_xy(layout, "cube") + (0, CUBE_LANES[k])
+            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = *self.start[i, k], CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        self.goal[i] = *(self.start[i, self.named[i]] + (PUSH_DISTANCE + .02, 0)), CUBE_HALF
 
     def place_drawer(self, scene, i, layout, drawn):
         """The cabinet at the robot's right; its drawer slides along y."""
-        scene.set_geom(i, FIRST, rgba=(*drawn.cabinet, 1))
-        scene.set_geom(i, SECOND, rgba=(*drawn.handle, 1))
         scene.set_geom(i, "handle", size=scene.model.geom("handle").size * (drawn.handle_scale, 1, drawn.handle_scale))
-        self.stroke[i] = scene.field("jnt_range")[i, 9, 1] = drawn.stroke
+        scene.field("jnt_range")[i, 9, 1] = drawn.stroke
         scene.field("dof_frictionloss")[i, 9] = drawn.drawer_friction
         scene.field("dof_damping")[i, 9] = drawn.drawer_damping
         scene.mocap_pos[i, 1, :2] = self.start_xy(layout, "cabinet")
-        scene.qpos[i, 9] = layout.uniform(*START_OPEN) if self.task[i] == "close-drawer" else 0
+        opens = self.task[i] == "open-drawer"
+        scene.qpos[i, 9] = 0 if opens else layout.uniform(*START_OPEN)
+        self.goal[i] = scene.mocap_pos[i, 1] + HANDLE + (0, drawn.stroke * opens, 0)
 
-    def apply_looks(self, scene, i, drawn):
-        """Surroundings, light, camera, and the tone curves of its image processing."""
-        scene.set_geom(i, "table", matid=scene.model.material(drawn.texture).id, rgba=(*drawn.table, 1))
-        scene.set_geom(i, "wall", rgba=(*drawn.wall, 1))
-        scene.set_geom(i, WHITE, rgba=(*drawn.robot, 1))
-        scene.field("geom_rgba")[i, scene.model.geom_group == CLUTTER, 3] = drawn.clutter      # alpha 0: not drawn
+    def apply(self, scene, i, drawn):
+        """Colours, light, camera and its tone curves; servos, delay, tracking; mass and friction of loose bodies."""
         light, field, look_at = np.array([-.25, -drawn.light_side, -1]), scene.field, LOOK_AT + drawn.shift
+        scene.set_geom(i, "table", matid=scene.model.material(drawn.texture).id)
+        colours = {**vars(drawn), drawn.texture: drawn.table, "rim": .85 * np.array(drawn.dish)}
+        for surface in (drawn.texture, "wall", "robot", "dish", "rim", "cabinet", "handle"):
+            field("mat_rgba")[i, scene.model.material(surface).id, :3] = colours[surface]
         field("light_dir")[i, 0] = light / np.linalg.norm(light)
         field("light_ambient")[i, 0], field("light_diffuse")[i, 0] = drawn.ambient, drawn.diffuse
         a, e = np.radians([drawn.azimuth, drawn.elevation])
@@ -595,38 +573,20 @@ class VecEnv:
         ramp = (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
         curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
         drawn.curves = None if (drawn.gain, drawn.tint, drawn.gamma) == (1, 0, 1) else curves      # (3, 256): R, G, B
-
-    def apply_dynamics(self, scene, i, drawn):
-        """Servos (force = kp (ctrl - q) - kv dq/dt, limited), delay, tracking; mass and friction of loose bodies."""
-        kp = np.array([*(drawn.stiffness * np.array(SERVO_KP)), FINGER_KP, FINGER_KP])
-        kv = np.array([*(drawn.damping * kp[:7]), 0, 0])       # fingers: in the joint; a saturated servo's kv chatters
-        scene.field("dof_damping")[i, 7:9] = drawn.finger_damping
-        force = np.array([*ARM_TORQUE, drawn.finger_force, drawn.finger_force])
-        field, loose = scene.field, np.isin(scene.model.geom_bodyid, scene.loose)
+        # Servos: force = kp (ctrl - q) - kv dq/dt, limited.
+        kp = SERVO_KP * ([drawn.stiffness] * 7 + [1, 1])
+        kv = kp * ([drawn.damping] * 7 + [0, 0])               # fingers: in the joint; a saturated servo's kv chatters
+        field("dof_damping")[i, 7:9] = drawn.finger_damping
         field("actuator_gainprm")[i, :, 0], field("actuator_biasprm")[i, :, 1:3] = kp, np.stack([-kp, -kv], 1)
-        field("actuator_forcerange")[i] = np.stack([-force, force], 1)
+        field("actuator_forcerange")[i] = np.outer([*ARM_TORQUE, drawn.finger_force, drawn.finger_force], [-1, 1])
         field("body_mass")[i, scene.loose] = drawn.mass
         field("body_inertia")[i, scene.loose] = .4 * drawn.mass * .03 ** 2     # kg m2, of a ball of 3 cm
+        loose = np.isin(scene.model.geom_bodyid, scene.loose)
         field("geom_friction")[i, loose, 0] = drawn.friction * (.6 if self.scene_of[i] == "push" else 1)
         self.scale[i], self.latency[i] = drawn.action_scale, round(drawn.latency / (BLOCK_STEPS * PHYSICS_DT))
 
-    def start_robots(self, ids, rngs):
-        """The arms near HOME, grippers open, controller targets = where the tools really are."""
-        q = HOME + np.array([rng.uniform(-1, 1, 7) for rng in rngs]) * self.parameters["start_joints"]
-        tcp, frame, _ = forward_kinematics(q)
-        reach = self.parameters["start_tcp"] + UNSEEN_BAND * self.unseen_states
-        tcp = np.clip(tcp + np.array([rng.uniform(-1, 1, 3) for rng in rngs]) * reach, *WORKSPACE)
-        q = inverse_kinematics(q, tcp, frame)
-        self.q_new[ids] = self.q_old[ids] = self.q_older[ids] = q
-        self.target[ids], self.target_frame[ids], _ = forward_kinematics(q)
-        self.grip_new[ids] = self.grip_old[ids] = FINGER_OPEN
-        for i, joints in zip(ids, np.pad(q, ((0, 0), (0, 2)), constant_values=FINGER_OPEN)):
-            scene = self.scenes[self.scene_of[i]]
-            scene.qpos[i, :9] = scene.ctrl[i] = joints
-
     def step(self, actions):
         """Run chunks of actions (N, K, 7), see the header; an environment that ends inside a chunk skips the rest.
-
         Returns observe() of all (the next episode's first where one ended), reward (N,) float32 summed over the chunk,
         terminated (N,) = success or failure, truncated (N,) = time limit or diverged simulation, never both, and info:
         success (N,) at any time in this episode; failure, touched, diverged (N,); clipped (N,) actions beyond
@@ -638,14 +598,12 @@ class VecEnv:
                              "(dx dy dz droll dpitch dyaw gripper); a single action a: a[:, None]")
         bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
         if len(bad):
-            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()})"
-                             "; need metres, radians, gripper in [-1, 1]; look for nan in what computed them")
+            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()}"
+                             "); need metres, radians, gripper in [-1, 1]; look for nan in what computed them")
         reward, clipped, terms = np.zeros(n), np.zeros(n, int), {name: np.zeros(n) for name in REWARD_TERMS}
         terminated, truncated = np.zeros((2, n), bool)
         for action in actions.swapaxes(0, 1):                  # (N, 7)
             ids = np.flatnonzero(~(terminated | truncated))
-            if not len(ids):
-                break
             clipped[ids] += (np.abs(action[ids]) > ACTION_LIMIT + 1e-6).any(1)
             self.advance(ids, np.clip(action[ids], -ACTION_LIMIT, ACTION_LIMIT))
             self.steps[ids] += 1
@@ -657,8 +615,9 @@ class VecEnv:
         ended = np.flatnonzero(terminated | truncated)
         info = {name: getattr(self, name).copy() for name in ("touched", "diverged", "episode")}
         info.update(success=self.succeeded.copy(), failure=self.wrong & ~self.succeeded, length=self.steps.copy(),
-                    clipped=clipped, reward_terms=terms, ended=ended, final_obs=self.observe(ended) if len(ended) else None)
+                    clipped=clipped, reward_terms=terms, ended=ended, final_obs=None)
         if len(ended):
+            info["final_obs"] = self.observe(ended)
             self.begin_episodes(ended)
         return self.observe(np.arange(n)), reward.astype(np.float32), terminated, truncated, info
 
@@ -677,7 +636,6 @@ class VecEnv:
         self.q_new[ids] = inverse_kinematics(self.q_old[ids], self.target[ids], self.target_frame[ids])
         self.grip_new[ids] = FINGER_CLOSED + (action[:, 6] + 1) / 2 * (FINGER_OPEN - FINGER_CLOSED)
         groups = self.members(ids)
-        alarms = [scene.batch.warning[rows, :, 1].sum(1) for _, scene, rows in groups]
         for block in range(BLOCKS):
             # progress through this step's set-points; negative while a delayed robot still follows the last step's
             s = ((block + 1 - self.latency) / BLOCKS)[:, None]                          # (N, 1)
@@ -692,9 +650,8 @@ class VecEnv:
                 except SimulationError as error:               # the other simulations ran on
                     self.diverged[error.ids] = True
                 self.seconds["physics"] += time.perf_counter() - before
-        for (_, scene, rows), alarm in zip(groups, alarms):    # MuJoCo resets a diverged simulation, with a warning
-            self.diverged[rows] |= ((scene.batch.warning[rows, :, 1].sum(1) > alarm)
-                                    | ~np.isfinite(scene.batch.state[rows]).all(1))
+        for _, scene, rows in groups:                          # MuJoCo resets a diverged simulation, with a warning
+            self.diverged[rows] |= scene.batch.warning[rows, :, 1].any(1) | ~np.isfinite(scene.batch.state[rows]).all(1)
 
     def measure(self, ids):
         """Read tool, object, goal, touch, success and failure from the simulations of environments ids."""
@@ -703,27 +660,23 @@ class VecEnv:
             self.tcp[rows], self.frame[rows], _ = forward_kinematics(qpos[:, :7])
             self.opening[rows], self.finger_speed[rows] = qpos[:, 7:9].sum(1), np.abs(scene.qvel[rows, 7:9]).max(1)
             if name == "drawer":
-                slide, opens, handle = qpos[:, 9], self.task[rows] == "open-drawer", scene.mocap_pos[rows, 1] + HANDLE
-                self.object[rows] = handle + slide[:, None] * (0, 1, 0)                 # (n, 3)
-                self.goal[rows] = handle + (opens * self.stroke[rows])[:, None] * (0, 1, 0)
+                slide, opens = qpos[:, 9], self.task[rows] == "open-drawer"
+                self.object[rows] = scene.mocap_pos[rows, 1] + HANDLE + slide[:, None] * (0, 1, 0)
                 self.touch[rows] = sensor[:, 0] > 0
                 self.success[rows] = np.where(opens, slide > OPEN_DISTANCE, slide < CLOSE_DISTANCE)
                 continue
-            bodies, fresh = qpos[:, 9:].reshape(len(rows), -1, 7), self.steps[rows] == 0   # xyz, quaternion
-            self.start[rows[fresh], :bodies.shape[1]] = bodies[fresh, :, :3]
+            bodies = qpos[:, 9:].reshape(len(rows), -1, 7)     # (n, bodies, 7) xyz, quaternion
             self.object[rows] = bodies[every, named, :3]
             self.object_yaw[rows] = 2 * np.arctan2(bodies[every, named, 6], bodies[every, named, 3])
             if name == "pick":
-                self.goal[rows] = scene.mocap_pos[rows, 1]
                 gap, clear = (self.object[rows] - other[rows] for other in (self.goal, self.tcp))      # (n, 3) m
-                height, force = gap[:, 2] - self.rest[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)      # m, N
+                height, force = gap[:, 2] - self.rest[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)   # m, N
                 self.touch[rows] = (force > GRASP_FORCE).all(1)
                 self.success[rows] = ((np.linalg.norm(gap[:, :2], axis=1) < PICK_RADIUS) & (0 < height)
                                       & (height < PICK_HEIGHT) & (force == 0).all(1)
                                       & (np.linalg.norm(clear, axis=1) > PICK_CLEAR))
             else:
-                self.goal[rows] = self.start[rows, named] + (PUSH_DISTANCE + .02, 0, 0)
-                moved, others = bodies[..., :2] - self.start[rows, :, :2], named[:, None] != np.arange(3)   # (n, 3, 2)
+                moved, others = bodies[..., :2] - self.start[rows], named[:, None] != np.arange(3)   # (n, 3, 2)
                 self.wrong[rows] = (np.linalg.norm(moved, axis=2) * others).max(1) > PUSH_WRONG
                 self.touch[rows] = sensor[every, named] > 0
                 self.success[rows] = (moved[every, named, 0] > PUSH_DISTANCE) & ~self.wrong[rows]
@@ -750,9 +703,10 @@ class VecEnv:
         if self.image_size:
             open_gl()
             for i in ids:
-                if self.steps[i] == 0 or not self.drawn[i].repeats[self.steps[i]]:
-                    image, seconds = self.scenes[self.scene_of[i]].render(i, self.tcp[i], self.drawn[i])
-                    self.images[i] = process_image(image, self.drawn[i], self.steps[i])
+                drawn, step = self.drawn[i], self.steps[i]
+                if step == 0 or not drawn.repeats[step]:
+                    image, seconds = self.scenes[self.scene_of[i]].render(i, self.tcp[i], drawn)
+                    self.images[i] = process_image(image, drawn, step)
                     self.seconds["gl"], self.frames = self.seconds["gl"] + seconds, self.frames + 1
             obs["images"] = self.images[ids]                   # a copy
         return obs
@@ -763,9 +717,9 @@ class VecEnv:
 
 
 # ---------------------------------------------------------------------------------------------------- experts
-# Waypoints: reference, offset [m], gripper, tolerance [m], most steps, and the distance [m] between tool and object beyond
-# which (0 = none) it was lost and the plan starts again. A reference is the object or the goal, wherever it is by then, or
-# the tool where it was when the waypoint began. When the gripper changes, the plan waits for the fingers.
+# Waypoints: reference, offset [m], gripper, tolerance [m], most steps, and the distance [m] between tool and object
+# beyond which (0 = none) it was lost and the plan starts again. A reference is the object or the goal, wherever it is
+# by then, or the tool where it was when the waypoint began. When the gripper changes, the plan waits for the fingers.
 PLANS = {
     "pick-place": (("object", (0, 0, .09), 1, .012, 25, 0), ("object", (0, 0, 0), 1, .005, 25, 0),
                    ("tool", (0, 0, .12), -1, .02, 8, .06), ("goal", (0, 0, .15), -1, .01, 25, .06),
@@ -780,9 +734,7 @@ PLANS = {
 
 class Expert:
     """Closed-loop scripted demonstrator of every environment in env, from the simulator's state.
-
         expert = Expert(env);     executed, label = expert.act();     env.step(executed[:, None])
-
     style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma ~ U(0, noise) once an episode:
     such demonstrations contain recoveries while their labels stay clean (DART, Laskey et al. 2017).
     style "teleop": an imperfect person: slower or faster, a few mm off, with pauses, an overshoot and correlated noise;
@@ -808,7 +760,7 @@ class Expert:
             habit = self.habit[i]
             habit.drift = rng.normal(0, 1, 6) + (.7 * habit.drift if self.teleop else 0)
             habit.pause = rng.integers(1, 4) if self.teleop and rng.random() < .02 else max(habit.pause - 1, 0)
-            label[i] = np.array([0, 0, 0, 0, 0, 0, habit.grip]) if habit.pause else next(self.plan[i])
+            label[i] = (0, 0, 0, 0, 0, 0, habit.grip) if habit.pause else next(self.plan[i])
             habit.grip = label[i, 6]
             executed[i] = label[i] + np.append(habit.sigma * habit.drift * (1, 1, 1, 3, 3, 3), 0)
         executed = np.clip(executed, -ACTION_LIMIT, ACTION_LIMIT)
@@ -816,7 +768,7 @@ class Expert:
 
     def follow(self, i):
         """Generator of the actions (7,) of environment i; looks at the scene before each."""
-        env, grip = self.env, PLANS[self.env.task[i]][0][2]
+        env, habit, grip = self.env, self.habit[i], PLANS[self.env.task[i]][0][2]
         while True:
             for reference, offset, wanted, tolerance, most, leash in PLANS[env.task[i]]:
                 for k in range(8 * (wanted != grip)):          # until the fingers stand still
@@ -826,28 +778,24 @@ class Expert:
                 grip, tool = wanted, env.target[i].copy()
                 for _ in range(most):
                     where = dict(object=env.object[i], goal=env.goal[i], tool=tool)[reference] + offset
+                    gap = np.clip(where + habit.offset, *WORKSPACE) - env.target[i]
+                    distance, turn = np.linalg.norm(gap), 0.
+                    if env.scene_of[i] == "pick" and reference == "object":    # align the wrist, to half a turn
+                        heading = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0])
+                        turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2
                     lost = leash and np.linalg.norm(env.tcp[i] - env.object[i]) > leash
-                    align = env.scene_of[i] == "pick" and reference == "object"
-                    action, arrived = self.towards(i, where, align, tolerance)
-                    if lost or arrived:
+                    if lost or (distance < tolerance and abs(turn) < .06):
                         break
-                    yield np.append(action, grip)
+                    if habit.overshoot and tolerance <= distance < self.SPEED:     # once: a little too far, then back
+                        gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
+                    gap *= min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
+                    turn = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED)
+                    yield np.append(np.array([*gap, 0, 0, turn]) / env.scale[i], grip)
                 if lost:
                     break
             while env.success[i]:                              # with run_to_horizon: rest
                 yield np.array([0, 0, 0, 0, 0, 0, grip])
 
-    def towards(self, i, where, align, tolerance):
-        """Delta pose (6,) that takes the target of environment i to where [m] at limited speed; whether it is there."""
-        env, habit = self.env, self.habit[i]
-        gap = np.clip(where + habit.offset, *WORKSPACE) - env.target[i]
-        heading, distance = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0]), np.linalg.norm(gap)
-        turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2 if align else 0.
-        if habit.overshoot and tolerance <= distance < self.SPEED:     # once: a little too far, then back
-            gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
-        gap *= min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
-        turn_now = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED)
-        return np.array([*gap, 0, 0, turn_now]) / env.scale[i], distance < tolerance and abs(turn) < .06
 
 # ---------------------------------------------------------------------------------------------------- demo
 def wilson(k, n):
@@ -861,17 +809,16 @@ def run_expert(env, episodes, style="expert", noise=0., frames=None):
     obs, expert = env.reset(), Expert(env, style, noise)
     success, length = np.zeros(episodes, bool), np.zeros(episodes, int)
     while (length == 0).any():
+        shown, (obs, *_, info) = obs, env.step(expert.act()[0][:, None])
         if frames is not None:
-            frames.append(obs["images"][0])
-        obs, *_, info = env.step(expert.act()[0][:, None])
-        for i in info["ended"][info["episode"][info["ended"]] < episodes]:
-            success[info["episode"][i]], length[info["episode"][i]] = info["success"][i], info["length"][i]
-    if frames is not None:
-        frames.append(info["final_obs"]["images"][0])
+            frames += [shown["images"][0], *(info["final_obs"]["images"] if 0 in info["ended"] else ())]
+        done = info["ended"][info["episode"][info["ended"]] < episodes]
+        success[info["episode"][done]], length[info["episode"][done]] = info["success"][done], info["length"][done]
     return success, length
 
 def speed(task, num_envs=32, steps=40):
-    """Environment steps/s with 64 px pictures, OpenGL frames/s, share of the time in neither mj_step nor OpenGL."""
+    """Of one process at 64 px: environment steps/s; OpenGL frames/s; share of the time in neither mj_step nor OpenGL;
+    frames/s of mujoco.Renderer on the same scene in MuJoCo's default quality."""
     env, total = VecEnv(task, num_envs=num_envs), 0.
     env.reset()
     expert, env.seconds, env.frames = Expert(env), dict(physics=0., gl=0.), 0
@@ -879,18 +826,15 @@ def speed(task, num_envs=32, steps=40):
         action, before = expert.act()[0][:, None], time.perf_counter()
         env.step(action)
         total += time.perf_counter() - before
-    return num_envs * steps / total, env.frames / env.seconds["gl"], 1 - sum(env.seconds.values()) / total
-
-def default_renderer_speed(task):
-    """Frames/s of mujoco.Renderer at 64 px on the scene of a task, with MuJoCo's default qualities."""
-    xml = re.sub(r"<quality[^>]*>|<headlight[^>]*>|castshadow=.false.", "", scene_xml(TASKS[task].scene, 64))
+    xml = scene_xml(TASKS[task].scene, 64).replace(FAST, "").replace('castshadow="false"', "")
     model = mujoco.MjModel.from_xml_string(xml)
     data, renderer, before = mujoco.MjData(model), mujoco.Renderer(model, 64, 64), time.perf_counter()
     mujoco.mj_forward(model, data)
     for _ in range(20):
         renderer.update_scene(data, camera=0)
         renderer.render()
-    return 20 / (time.perf_counter() - before)
+    return (num_envs * steps / total, env.frames / env.seconds["gl"], 1 - sum(env.seconds.values()) / total,
+            20 / (time.perf_counter() - before))
 
 def main():
     parser = argparse.ArgumentParser(description="Demo: pictures, videos, expert success, the sim-real gap, speed.")
@@ -914,15 +858,15 @@ def main():
                 low, high = wilson(success.sum(), args.episodes)
                 print(f"  {domain:5}{task:13}{style:7}{success.mean():7.1%}  [{low:.1%}, {high:.1%}]  "
                       f"{length.mean():.1f} steps")
-    rows = [np.concatenate(sheet[k:k + 4], 1) for k in (0, 4)]
-    imageio.imwrite(f"{args.out}/contact-sheet.png", np.concatenate(rows))
+    sheet = [np.concatenate(sheet[k:k + 4], 1) for k in (0, 4)]
+    imageio.imwrite(f"{args.out}/contact-sheet.png", np.concatenate(sheet))
     print(f"\nSpeed of one process, 32 environments, 64 px; OpenGL on {gl_renderer_name()}")
     for task in TASKS:
-        print("  {:13}{:6.0f} environment steps/s {:6.0f} frames/s  glue {:.0%}  mujoco.Renderer {:.0f} frames/s".format(
-            task, *speed(task), default_renderer_speed(task)))
+        print("  {:13}{:5.0f} environment steps/s {:6.0f} frames/s  glue {:.0%} mujoco.Renderer {:.0f} frames/s".format(
+            task, *speed(task)))
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         both = sum(rate for rate, *_ in pool.map(speed, ["pick-place"] * 2, chunksize=1))
-    print(f"  two processes: {both:.0f} environment steps/s on pick-place\nwrote contact-sheet.png, 8 videos to {args.out}")
+    print(f"  two processes: {both:.0f} environment steps/s on pick-place\ncontact-sheet.png, 8 videos: {args.out}")
 
 if __name__ == "__main__":
     main()

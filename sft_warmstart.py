@@ -12,16 +12,18 @@ batch. alpha is realised by sampling (real_data.MixSampler); the losses of the t
     L_b = N_sim/B * L_SFT(sim part of b) + N_real/B * L_SFT(real part of b),       E[N_sim/B] = alpha
 Special cases: alpha = 0 is real-only, 1 sim-only; --scratch skips pre-training; --steps 0 only evaluates.
 
-Pre-training  the same loop on envs.py's third domain, plus aux_weight * L_aux: from the hidden state of the last
-              prompt token a linear head, dropped afterwards, tells where tool, named object and goal are.
-Ranks         each draws its share of the global batch; gradients are summed. World size changes no sample.
-Resume        --resume goes on from OUT/resume.pt, bit for bit on one CPU rank. Random numbers of step s are a
-              function of (seed, s, rank), so there is no generator state to lose. Ctrl-C saves, then ends.
+Pre-training  the same loop on the domain `pretrain` of envs.py, which shares no texture, camera, colour or shape
+              with the other two, plus aux_weight * L_aux: a linear head on the hidden state of the last prompt
+              token, dropped afterwards, tells where tool, named object and goal are; another does on the towers.
+Ranks         each draws its share of the global batch; gradients are summed. Their number changes no sample.
+Resume        --resume goes on from OUT/resume.pt, bit for bit on one CPU rank. Random numbers of a step are a
+              function of (seed, step, rank): there is no generator state to lose. Ctrl-C saves, then ends.
 Output        OUT/policy (checkpoint folder), metrics.jsonl, loss.png, result.json, args.json, resume.pt
-Evaluation    ends every run: fixed seed, no demonstration has it; "stand-in" is the second MuJoCo domain that
-              takes the place of the real robot, since none is attached.
+Evaluation    on scenes of a fixed seed that no demonstration has. "stand-in" is the second MuJoCo domain, which
+              takes the place of the real robot: none is attached.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -67,7 +69,6 @@ PRESETS = {
                          weight_decay=.01, clip=1., ema=0., optimizer="muon", augment="shift", lora_rank=0, statistics="base",
                          dtype="float32", aux_weight=1.)}
 PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"]
-
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -115,33 +116,31 @@ def parse(argv=None):
         group.add_argument("--" + name, type=kind, help=text)
     return check_args(parser.parse_args(argv))
 
-
 def check_args(args):
     """Fills in the preset; one ValueError lists all that is wrong."""
     tiny = args.pretrain or args.scratch
     config = {} if tiny else policies.read_json(policies.find_folder(args.policy) / "config.json", {})
     kind = args.policy if tiny else "openvla" if config.get("model_type") == "openvla" else "pi05"
     tiny = tiny or "tiny_timm_kwargs" in config or config.get("vlm", {}).get("width", 2048) < 1024
-    preset, wrong = PRESETS.get(f"{kind}{'-tiny' * tiny}", PRESETS["openvla-tiny"]), []
+    preset = PRESETS.get(f"{kind}{'-tiny' * tiny}", PRESETS["openvla-tiny"])
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for fine, text in (
-            (kind in ("openvla", "pi05"), f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05"),
-            (args.task in (*envs.TASKS, "all"), f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all"),
-            (0 <= args.sim_ratio <= 1, f"--sim-ratio {args.sim_ratio}: need 0 to 1"),
-            (args.augment in (*AUGMENT, "none"), f"--augment {args.augment}: need one of {', '.join(AUGMENT)}, none"),
-            (args.optimizer in ("adamw", "muon"), f"--optimizer {args.optimizer}: need adamw or muon"),
-            (args.statistics in ("base", "data"), f"--statistics {args.statistics}: need base or data"),
-            (args.seed != EVAL_SEED and args.seed >= 0, f"--seed {args.seed}: that of the evaluation, or negative"),
-            (args.steps >= 0 and args.batch > 0 and args.micro_batch > 0, "--steps, --batch, --micro-batch: too small"),
-            (args.lr > 0 and 0 <= args.ema < 1 and 0 <= args.final_lr <= 1, "--lr, --ema, --final-lr: out of range"),
-            (not args.resume or pathlib.Path(args.out, "resume.pt").exists(), f"--resume: no {args.out}/resume.pt")):
-        wrong += [] if fine else [text]
+    checks = {
+        f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05": kind in ("openvla", "pi05"),
+        f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
+        f"--sim-ratio {args.sim_ratio}: need 0 to 1": 0 <= args.sim_ratio <= 1,
+        f"--augment {args.augment}: need one of {', '.join(AUGMENT)}, none": args.augment in (*AUGMENT, "none"),
+        f"--optimizer {args.optimizer}: need adamw or muon": args.optimizer in ("adamw", "muon"),
+        f"--statistics {args.statistics}: need base or data": args.statistics in ("base", "data"),
+        f"--seed {args.seed}: need 0 or more, and not that of the evaluation": 0 <= args.seed != EVAL_SEED,
+        "--steps, --batch, --micro-batch: need 0, 1, 1 or more": min(args.steps + 1, args.batch, args.micro_batch) > 0,
+        "--lr, --ema, --final-lr: out of range": args.lr > 0 and 0 <= args.ema < 1 and 0 <= args.final_lr <= 1,
+        f"--resume: no {args.out}/resume.pt": not args.resume or pathlib.Path(args.out, "resume.pt").exists()}
+    wrong = [text for text, fine in checks.items() if not fine]
     if wrong:
         raise ValueError("\n".join(wrong))
     return args
-
 
 # ---- ranks ---------------------------------------------------------------------------------------------------
 
@@ -158,14 +157,19 @@ def launch(work, args):
         ranks = torch.multiprocessing.start_processes(
             run_rank, (work, args, world, cuda, f"file://{folder}/store"), world, join=False, start_method="spawn")
         forward = lambda number, frame: [process.terminate() for process in ranks.processes]
-        before = [signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
+        with on_signal(forward):
             while not ranks.join():
                 pass
-        finally:
-            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-                signal.signal(number, handler)
 
+@contextlib.contextmanager
+def on_signal(handler):
+    """SIGINT and SIGTERM call handler(number, frame) in here."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 def run_rank(local_rank, work, args, world, cuda, store):
     device, rank = torch.device(f"cuda:{local_rank}" if cuda else "cpu"), int(os.environ.get("RANK", local_rank))
@@ -180,13 +184,11 @@ def run_rank(local_rank, work, args, world, cuda, store):
         if store:
             dist.destroy_process_group()
 
-
 def all_sum(tensor):
     """Sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
 
 def sum_gradients(params):
     """Gradients become their sum over ranks."""
@@ -196,46 +198,43 @@ def sum_gradients(params):
         for sending in [dist.all_reduce(p.grad, async_op=True) for p in params]:
             sending.wait()
 
-
 # ---- images --------------------------------------------------------------------------------------------------
 
 # side of the random crop; degrees; pixels; brightness added, brightness, contrast, saturation multiplied +-; hue +-
 AUGMENT = dict(openvla=(.9 ** .5, 0, 0, .2, 0, .2, .2, .05), pi05=(.95, 5, 0, 0, .3, .4, .5, 0),
                shift=(1, 0, 2, 0, .2, .2, .05, 0))
 
-
 def augment(images, recipe):
     """(B, [N,] H, W, 3) uint8 -> the same, a draw for each sample (openpi: one for the batch). Crops and turns are for the
     first camera only, as in openpi. Hue is turned in YIQ, which is not TensorFlow's HSV but close at +-0.05."""
     side, degrees, pixels, added, *factors, hue = AUGMENT[recipe]
     x = torch.as_tensor(images)
+    numbers = lambda *values: torch.tensor(values, device=x.device)
     flat = x.flatten(0, -4).permute(0, 3, 1, 2).float() / 255                               # (B N, 3, H, W)
     n, (height, width) = len(flat), flat.shape[2:]
-    draw = lambda *shape: 2 * torch.rand(n, *shape) - 1
+    draw = lambda *shape: 2 * torch.rand(n, *shape, device=x.device) - 1
     angle, move = torch.deg2rad(degrees * draw()), (1 - side) * draw(2)
     if pixels:                               # whole pixels: nothing is blurred
-        move = (draw(2) * (pixels + .5)).round() * 2 / torch.tensor([width, height])
+        move = (draw(2) * (pixels + .5)).round() * 2 / numbers(width, height)
     turn = side * torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
     theta = torch.cat([turn, move[:, :, None]], 2)                                          # (B N, 2, 3)
     if x.ndim == 5:
         others = torch.arange(n) % x.shape[1] > 0
-        theta[others] = torch.eye(2, 3)
+        theta[others] = torch.eye(2, 3, device=x.device)
     grid = F.affine_grid(theta, flat.shape, align_corners=False)
     y = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
     brightness, contrast, saturation = (1 + factor * draw(1, 1, 1) for factor in factors)
     y = y * brightness + added * draw(1, 1, 1)
     y = (y - y.mean((1, 2, 3), keepdim=True)) * contrast + y.mean((1, 2, 3), keepdim=True)
-    grey = (y * torch.tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
+    grey = (y * numbers(.299, .587, .114)[:, None, None]).sum(1, keepdim=True)
     y = (y - grey) * saturation + grey
     if hue:
-        yiq = torch.tensor([[.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]])
-        a = hue * 2 * math.pi * draw()
-        zero, one = torch.zeros(n), torch.ones(n)
-        spin = torch.stack([one, zero, zero, zero, a.cos(), -a.sin(), zero, a.sin(), a.cos()], 1).view(n, 3, 3)
+        yiq, a = numbers([.299, .587, .114], [.596, -.274, -.322], [.211, -.523, .312]), 2 * math.pi * hue * draw()
+        spin = torch.eye(3, device=x.device).repeat(n, 1, 1)
+        spin[:, 1:, 1:] = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).view(n, 2, 2)
         y = torch.einsum("nij,njhw->nihw", yiq.inverse() @ spin @ yiq, y)
     y = (y.clamp(0, 1) * 255).round().to(torch.uint8)
     return y.permute(0, 2, 3, 1).reshape(x.shape)
-
 
 # ---- the loss ------------------------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Probe(nn.Module):
         self.vision = nn.Linear(math.prod(policy.feature_shape), 9)
         for p in self.parameters():
             nn.init.zeros_(p)
-        decoder.register_forward_hook(self.listen)
+        self.hook = decoder.register_forward_hook(self.listen)             # removed after training
 
     def listen(self, module, inputs, outputs):
         hidden = outputs[0]
@@ -269,7 +268,6 @@ class Probe(nn.Module):
         loss = F.smooth_l1_loss(told, target, beta=.1) + F.smooth_l1_loss(seen, target, beta=.1)
         return loss, LANDMARK_SCALE * (told - target).detach().view(-1, 3, 3).norm(dim=2).mean()
 
-
 def part_losses(policy, batch, args, probe=None, train=False):
     """Yields (domain, samples, steps that are no padding, L_SFT, L_aux, position error [m]) of micro-batches, each of one
     domain only, of this rank's share."""
@@ -278,7 +276,7 @@ def part_losses(policy, batch, args, probe=None, train=False):
         rows = np.flatnonzero(batch["sim"] == domain)
         for at in range(0, len(rows), args.micro_batch):
             part = rows[at:at + args.micro_batch]
-            images = torch.from_numpy(batch["images"][part])
+            images = torch.from_numpy(batch["images"][part]).to(policy.device)
             images = augment(images, args.augment) if train and args.augment != "none" else images
             state = torch.from_numpy(batch["state"][part])
             pad = torch.from_numpy(batch["pad"][part])[:, :policy.settings.get("horizon", 1)]
@@ -287,7 +285,6 @@ def part_losses(policy, batch, args, probe=None, train=False):
                                   torch.from_numpy(batch["actions"][part]), pad, **dict(state=state) if needs_state else {})
             aux, error = probe(images, state[:, -9:].to(loss.device)) if probe else loss.new_zeros(2)
             yield domain, len(part), int((~pad).sum()), loss, aux, error
-
 
 def loss_and_gradients(policy, batch, args, probe=None):
     """Gradients of L_b (see the header) summed over ranks; returns {name: value} of the global batch."""
@@ -310,7 +307,6 @@ def loss_and_gradients(policy, batch, args, probe=None):
     return logs | dict(loss=share.tolist()[0] * real + share.tolist()[1] * sim) | (
         dict(aux=aux, position_mm=1e3 * error) if probe else {})
 
-
 @torch.no_grad()
 def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
     """{name: value}: loss of up to `most` frames of the held-out episodes of each domain; always the same frames."""
@@ -326,7 +322,6 @@ def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
             total, k, error, n = all_sum(sums).tolist()
             logs |= {f"held_out/{name}": total / k} | ({"held_out/position_mm": 1e3 * error / n} if probe else {})
     return logs
-
 
 # ---- data ----------------------------------------------------------------------------------------------------
 
@@ -348,14 +343,12 @@ def record_labelled(block):
             done[number], steps[i] = (*arrays, texts[i], number) if info["success"][i] else None, []
     return [done[number] for number in range(first, first + count) if done[number]]
 
-
 def make_pretrain_demos(episodes, seed, out, size, block=32):
     """Writes those of episodes 0 .. episodes - 1 of all tasks, on all cores; which cores there are changes nothing."""
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         blocks = [(first, min(block, episodes - first), seed, size) for first in range(0, episodes, block)]
         parts = tqdm(pool.imap(record_labelled, blocks), f"pretrain, {block} episodes each", len(blocks))
-        real_data.write_dataset(out, itertools.chain.from_iterable(parts), real_data.CONTROL_HZ)
-
+        real_data.write_dataset(out, itertools.chain.from_iterable(parts), fps=5)
 
 def demo_paths(args, size):
     """{"sim": path, "real": path} of what alpha needs; records what is neither given nor there."""
@@ -373,7 +366,6 @@ def demo_paths(args, size):
                 real_data.make_demos(args.task, name, episodes, path, args.seed, image_size=size)
     return paths
 
-
 def open_sets(args, policy, rank):
     """({name: training Demos}, {name: held-out Demos}) of the domains that alpha needs; the other is never opened."""
     if rank == 0:
@@ -385,7 +377,6 @@ def open_sets(args, policy, rank):
             for name, path in demo_paths(args, policy.image_size).items()}
     return {name: pair[0] for name, pair in sets.items()}, {name: pair[1] for name, pair in sets.items()}
 
-
 # ---- the policy ----------------------------------------------------------------------------------------------
 
 def make_policy(args, device):
@@ -396,7 +387,6 @@ def make_policy(args, device):
         return policy
     return policies.load_policy(args.policy, device, args.dtype, lora_rank=args.lora_rank, freeze=args.freeze,
                                 gradient_checkpointing=args.gradient_checkpointing, seed=args.seed)
-
 
 @torch.no_grad()
 def initialise_vision(policy, images):
@@ -422,7 +412,6 @@ def initialise_vision(policy, images):
             both = torch.cat([wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)], 2)
             p.copy_(.7 * both.reshape(p.shape))
 
-
 # ---- training ------------------------------------------------------------------------------------------------
 
 def learning_rate(step, args):
@@ -432,7 +421,6 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / (args.warmup + 1)
     cosine = .5 + .5 * math.cos(math.pi * min(1, (step - args.warmup) / max(1, last - args.warmup)))
     return args.lr * (args.final_lr + (1 - args.final_lr) * cosine)
-
 
 class Trainer:
     """All that changes while training: weights, optimizer, averaged weights, position in the sample stream."""
@@ -470,13 +458,10 @@ class Trainer:
                 group["lr"] = factor * rate
             if fine:
                 optimizer.step()
-        if fine:
-            self.skipped = 0
-        else:
-            self.skipped += 1
-            if self.skipped == 5:
-                raise RuntimeError(f"step {self.step}: loss {logs['loss']}, gradient norm {norm}, 5 times in a row; "
-                                   "lower --lr, or look at the data with real_data.py")
+        self.skipped = 0 if fine else self.skipped + 1
+        if self.skipped == 5:
+            raise RuntimeError(f"step {self.step}: loss {logs['loss']}, gradient norm {norm}, 5 times in a row; "
+                               "lower --lr, or look at the data with real_data.py")
         self.step += 1
         if self.ema:
             torch._foreach_lerp_(self.ema, self.params, 1 - args.ema)
@@ -485,8 +470,8 @@ class Trainer:
     def save(self, path):
         """Everything, under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
         torch.save(dict(args=vars(self.args), step=self.step, weights={n: p.detach() for n, p in self.named.items()},
-                        optimizers=[each.state_dict() for each in self.optimizers], ema=self.ema, sampler=self.sampler.state_dict()),
-                   f"{path}.tmp")
+                        ema=self.ema, optimizers=[each.state_dict() for each in self.optimizers],
+                        sampler=self.sampler.state_dict()), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
 
     def load(self, path):
@@ -509,7 +494,6 @@ class Trainer:
     def use_average(self):
         for p, average in zip(self.params, self.ema or []):
             p.copy_(average)
-
 
 class Log:
     """metrics.jsonl, one line a step that is logged; and the loss curves."""
@@ -540,7 +524,6 @@ class Log:
         figure.savefig(path, dpi=120, bbox_inches="tight")
         pyplot.close(figure)
 
-
 def train(args, policy, rank, world, out):
     """The loop. Returns True if it came to its end, False if a signal stopped it (then resume.pt is up to date)."""
     sets, held_out = open_sets(args, policy, rank)
@@ -557,9 +540,9 @@ def train(args, policy, rank, world, out):
     if args.resume:
         trainer.load(out / "resume.pt")
     log = Log(out, trainer.step, rank)
-    before = [signal.signal(number, lambda *_: stop.fill_(1)) for number in (signal.SIGINT, signal.SIGTERM)]
-    with tqdm(total=args.steps * args.batch, initial=trainer.step * args.batch, unit="sample", unit_scale=True,
-              disable=rank > 0, desc=out.name) as bar:
+    with on_signal(lambda *_: stop.fill_(1)), tqdm(
+            total=args.steps * args.batch, initial=trainer.step * args.batch, unit="sample", unit_scale=True,
+            disable=rank > 0, desc=out.name) as bar:
         while trainer.step < args.steps and not all_sum(stop.to(policy.device)).item():
             logs, step = trainer.update(policy, probe), trainer.step
             if step == args.steps or args.val_every and step % args.val_every == 0:
@@ -569,14 +552,13 @@ def train(args, policy, rank, world, out):
             bar.update(args.batch)
             if rank == 0 and args.save_every and step % args.save_every == 0:
                 trainer.save(out / "resume.pt")
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-        signal.signal(number, handler)
-    if rank == 0 and args.steps:
+    if rank == 0:
         trainer.save(out / "resume.pt")
         log.plot(out / "loss.png")
+    if probe:
+        probe.hook.remove()
     trainer.use_average()
     return trainer.step >= args.steps
-
 
 # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -597,7 +579,6 @@ def run_episodes(policy, task, domain, episodes, rank=0, world=1, num_envs=25, d
                     count += torch.tensor([float(info["success"][i]), 1.], device=policy.device)
     return [int(x) for x in all_sum(count).tolist()]
 
-
 def evaluate(args, policy, rank, world):
     """{"sim/open-drawer": dict(success, n, low, high)}, printed; both domains, and the third after pre-training."""
     results = {}
@@ -610,7 +591,6 @@ def evaluate(args, policy, rank, world):
                 print(f"{NAMES[domain]:9}{task:13} {k / n:6.1%}   n {n}, 95 % interval {low:.1%} - {high:.1%}", flush=True)
     return results
 
-
 # ---- the run -------------------------------------------------------------------------------------------------
 
 def store_half(folder):
@@ -619,7 +599,6 @@ def store_half(folder):
     for file in folder.glob("*.safetensors"):
         save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
-
 def work(args, rank, world, device):
     """What each rank does: train, save the policy, evaluate."""
     out, start = pathlib.Path(args.out), time.perf_counter()
@@ -627,16 +606,18 @@ def work(args, rank, world, device):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(dict(command=sys.argv, world=world, **vars(args)), indent=1))
+    if args.augment == "openvla" and "center_crop" in policy.settings:
+        policy.settings["center_crop"] = False                 # the random crops take its place
     if args.steps and not train(args, policy, rank, world, out):
         if rank == 0:
             print(f"interrupted; go on with --resume (the flags as before, {out}/resume.pt)", file=sys.stderr)
-        return None
+        return
+    if args.augment == "openvla" and "center_crop" in policy.settings:
+        policy.settings["center_crop"] = True                  # from now on the central 90 %, as in official fine-tunes
     seconds = time.perf_counter() - start
     if rank == 0:                            # under a temporary name, then renamed
         part = out / "policy.part"
         shutil.rmtree(part, ignore_errors=True)
-        if args.augment == "openvla":        # as in official fine-tunes with augmentation: central 90 % from now on
-            policy.settings["center_crop"] = True
         policy.save(part)
         if args.half:
             store_half(part)
@@ -648,22 +629,19 @@ def work(args, rank, world, device):
         if rank == 0:
             (out / "result.json").write_text(json.dumps(dict(results=results, seconds=seconds, world=world,
                                                              seed=EVAL_SEED), indent=1))
-    return out / "policy"
-
 
 def warm_start(args):
     """Stage I with args = parse([...]). Returns the checkpoint folder, or None if a signal stopped the run."""
-    launch(work, args)
     folder = pathlib.Path(args.out, "policy")
-    return folder if folder.exists() else None
-
+    before = folder.exists() and folder.stat().st_ino          # of an earlier run into the same folder
+    launch(work, args)
+    return folder if folder.exists() and folder.stat().st_ino != before else None
 
 def main():
     try:
         sys.exit(0 if warm_start(parse()) else 130)
     except ValueError as error:
         sys.exit(f"error: {error}")
-
 
 if __name__ == "__main__":
     main()

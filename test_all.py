@@ -6,6 +6,7 @@ variable REFERENCE_FIXTURES (a folder) and are skipped without it."""
 import ast
 import builtins
 import copy
+import errno
 import gc
 import importlib.util
 import inspect
@@ -153,7 +154,7 @@ def test_environment_contract(task, domain, variant):
         depths = [c.dist for c in data.contact[:data.ncon]]
         assert min(depths, default=0) > -5e-4, f"something interpenetrates at the start: {min(depths)} m"
         if task.endswith("drawer"):
-            assert -1e-9 <= scene.qpos[k, 9] <= env.stroke[k]
+            assert -1e-9 <= scene.qpos[k, 9] <= env.drawn[k].stroke
     different = False
     for t in range(4):
         assert obs["images"].shape == (2, 64, 64, 3) and obs["images"].dtype == np.uint8
@@ -318,6 +319,16 @@ def test_pushing_a_wrong_cube_fails():
     assert terminated.tolist() == [True, True, False]
     assert info["success"].tolist() == [True, False, False] and info["failure"].tolist() == [False, True, False]
     assert reward == pytest.approx([1, 0, 0])
+
+
+def test_a_failure_ends_with_its_episode():
+    env = envs.VecEnv("all", num_envs=40, image_size=0)
+    env.reset()
+    for i in np.flatnonzero(env.scene_of == "push"):
+        scene_of(env, i).qpos[i, 9 + 7 * ((env.named[i] + 1) % 3)] += .13
+    *_, terminated, _, info = env.step(np.zeros((40, 1, 7)))
+    assert info["failure"].sum() == terminated.sum() >= 2 and (env.scene_of[terminated] != "push").any()
+    assert not env.step(np.zeros((40, 1, 7)))[-1]["failure"].any()
 
 
 def test_the_instruction_names_the_cube():
@@ -486,7 +497,7 @@ def test_backend_choice_and_errors(monkeypatch):
     def run(**env):
         clean = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
         return subprocess.run([sys.executable, "-c", probe], env={**clean, **env}, cwd=HERE, capture_output=True, text=True)
-    assert run(MUJOCO_GL="osmesa").stdout.split()[0] == "osmesa"       # the user's choice stands
+    assert run(MUJOCO_GL="disable").stdout.split()[0] == "disable"     # the user's choice stands
     if sys.platform.startswith("linux"):
         assert run().stdout.split()[0] in ("egl", "osmesa")
     def broken(*_):
@@ -500,11 +511,24 @@ def test_backend_choice_and_errors(monkeypatch):
 
 def test_a_slow_renderer_is_named(monkeypatch):
     envs.open_gl()
-    name = envs.gl_renderer_name()
-    monkeypatch.setattr(os.path, "exists", lambda path: True)
-    if "llvmpipe" in name:
-        with pytest.warns(UserWarning, match="rendering on the CPU"):
-            envs.gl_renderer_name()
+    if "llvmpipe" not in envs.gl_renderer_name():
+        pytest.skip("this machine draws on a GPU")
+    monkeypatch.setattr(envs, "GL_CONTEXT", {})
+    monkeypatch.setattr(os.path, "exists", lambda path: True)          # as if there were an NVIDIA GPU
+    with pytest.warns(UserWarning, match="rendering on the CPU"):
+        envs.VecEnv("push-cube").reset()
+
+
+@pytest.mark.parametrize("backend", ["egl", "osmesa", "glfw"])
+def test_every_backend_draws_or_explains(backend):
+    """Also: nothing is printed while the interpreter shuts down."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("these are the backends of Linux")
+    script = ("import sys, envs\ntry:\n    env = envs.VecEnv('push-cube')\nexcept RuntimeError as error:\n"
+              "    sys.exit(3 * ('apt-get install' in str(error)))\nassert env.reset()['images'].std() > 5\n")
+    env = {k: v for k, v in os.environ.items() if k not in ("PYOPENGL_PLATFORM", "DISPLAY")}
+    run = subprocess.run([sys.executable, "-c", script], env={**env, "MUJOCO_GL": backend}, cwd=HERE, capture_output=True, text=True)
+    assert run.returncode in (0, 3) and (run.returncode == 3 or run.stderr == ""), run.stderr
 
 
 def test_camera_image_processing():
@@ -544,7 +568,7 @@ def test_landmarks_and_state_are_measured():
     marks = env.landmarks()
     assert marks.shape == (2, 3, 3) and marks.dtype == np.float32
     assert obs["state"][:, :3] == pytest.approx(marks[:, 0]) and obs["state"][:, 3] == pytest.approx(np.full(2, np.pi), abs=.1)
-    assert marks[:, 2, 1] - marks[:, 1, 1] == pytest.approx(env.stroke)        # the goal is the open handle
+    assert marks[:, 2, 1] - marks[:, 1, 1] == pytest.approx([drawn.stroke for drawn in env.drawn])    # the open handle
     assert obs["state"][:, 6] == pytest.approx(np.full(2, .08), abs=1e-6)
 
 
@@ -1687,11 +1711,11 @@ def data_episode(number, length, size=16, action_dim=7):
             DATA_TASKS[number % 2])
 
 
-def data_write(folder, lengths=(6, 9, 5, 7), size=16, **options):
+def data_write(folder, lengths=(6, 9, 5, 7), size=16):
     """A v3.0 set by the writer under test; returns its episodes."""
     episodes = [data_episode(number, length, size) for number, length in enumerate(lengths)]
     numbered = ((*episode, 100 + number) for number, episode in enumerate(episodes))
-    real_data.write_dataset(folder, numbered, fps=10, **options)
+    real_data.write_dataset(folder, numbered, fps=10)
     return episodes
 
 
@@ -1843,7 +1867,7 @@ def test_data_split_is_by_episode(tmp_path):
     for wrong in (1, -.1):
         with pytest.raises(ValueError, match="share below 1"):
             demos.split(wrong)
-    with pytest.raises(ValueError, match="need one or more of 0-9"):
+    with pytest.raises(ValueError, match=r"cannot select episodes \[3, 11\].*need one or more of \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\]"):
         demos.select([3, 11])
 
 
@@ -1861,11 +1885,10 @@ def test_data_resize_equals_the_official_pixels():
 
 # -- writing
 
-@pytest.mark.parametrize("options", [dict(), dict(video_mb=0)])
-def test_data_round_trip_and_roll_over(tmp_path, options):
-    episodes = data_write(tmp_path / "set", size=32, **options)
+def test_data_round_trip(tmp_path):
+    episodes = data_write(tmp_path / "set", size=32)
     files = [len(list((tmp_path / "set").rglob(f"file-*.{kind}"))) for kind in ("parquet", "mp4")]
-    assert files == [2, 4 if options else 1]                          # one of the parquet files is meta/episodes
+    assert files == [2, 1]                          # one of the parquet files is meta/episodes
     demos = real_data.open_dataset(tmp_path / "set", None, cache_dir=tmp_path / "cache")
     batch = data_all(demos)
     for key, column in (("images", 0), ("state", 1)):
@@ -2094,12 +2117,20 @@ def test_data_cache_two_builders_and_a_killed_one(tmp_path):
     assert (data_all(small)["images"][37] == real_data.resize(data_all(demos)["images"][37], 8, "stretch")).all()
 
 
-def test_data_cache_full_disk_is_an_error(tmp_path, monkeypatch):
+def test_data_cache_full_disk_leaves_nothing(tmp_path, monkeypatch):
     data_write(tmp_path / "set")
-    monkeypatch.setattr(real_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(ValueError, match="0.0 GB free, need"):
-        real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache")
+    done = []
+
+    def full(*_):
+        done.append(1)
+        if len(done) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(real_data.os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache")
     assert data_npy(tmp_path / "cache") == []
+    assert len(real_data.open_dataset(tmp_path / "set", 8, cache_dir=tmp_path / "cache")) == 27     # and later it works
 
 
 def test_data_memory_stays_bounded(tmp_path):
@@ -2111,7 +2142,7 @@ with open(path, "wb") as file:
     np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 1, 224, 224, 3)))
     for _ in range(n):
         file.write(bytes(range(256)) * (224 * 224 * 3 // 256))
-episodes = [real_data.Episode(e, 80, None, {}, -1, None, None, np.zeros((80, 7), np.float32),
+episodes = [real_data.Episode(e, 80, None, {}, -1, 80 * e, None, None, np.zeros((80, 7), np.float32),
                               np.zeros((80, 8), np.float32), ["open the drawer"] * 80) for e in range(n // 80)]
 demos = real_data.Demos(real_data.Recording(pathlib.Path("."), {}, ["a"], {}, episodes, {}), path, 8)
 sampler = real_data.MixSampler(None, demos, 0, 32)
@@ -2168,7 +2199,6 @@ def test_data_official_statistics_formats(tmp_path):
     assert set(openpi) == {"state", "actions"} and set(openpi["actions"]) == {"mean", "std", "q01", "q99"}
     stored = json.loads((tmp_path / "set/meta/stats.json").read_text())
     assert np.allclose(stored["action"]["q01"], openpi["actions"]["q01"])
-    assert np.shape(stored["observation.images.front"]["mean"]) == (3, 1, 1)
 
 
 # -- the alpha sampler
@@ -2339,7 +2369,7 @@ def test_data_make_and_card_from_the_command_line(tmp_path):
                "--cache-dir", str(tmp_path / "cache"), "--workers", "1"]
     run = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert run.returncode == 0, run.stderr
-    for part in ("LeRobot v3.0", "2 episodes", "5 fps", "'close the drawer'", "gripper", "agrees with the data"):
+    for part in ("LeRobot v3.0", "2 episodes", "5 fps", "'close the drawer'", "gripper"):
         assert part in run.stdout, part
     assert Image.open(tmp_path / "card.png").size == (8 * 64, 2 * 64)
     demos = real_data.open_dataset(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
@@ -2352,11 +2382,11 @@ def test_data_make_and_card_from_the_command_line(tmp_path):
 
 DATA_MUTANTS = [
     ("start + episode.timestamps", "episode.timestamps", "frames of a later episode in a shared mp4", data_check_fixture),
-    ("np.minimum(window, ends - 1)", "np.minimum(window, len(self.all_actions) - 1)", "chunk runs into the next episode",
+    ("np.minimum(window, ends - 1)", "np.minimum(window, len(self.actions) - 1)", "chunk runs into the next episode",
      data_check_fixture),
     ("pad=window >= ends", "pad=window > ends", "pad one step late", data_check_fixture),
-    ("* shape[1] + job.slot", "* shape[1] + len(recording.cameras) - 1 - job.slot", "cameras swapped", data_check_fixture),
-    ('np.lexsort((frame, owner))', 'np.lexsort((-frame, owner))', "rows in reverse", data_check_fixture),
+    ("* shape[1] + slot", "* shape[1] + len(recording.cameras) - 1 - slot", "cameras swapped", data_check_fixture),
+    ('np.argsort(frame[rows])', 'np.argsort(-frame[rows])', "rows in reverse", data_check_fixture),
     ("sim, numbers = sim[self.rank::self.world], numbers[self.rank::self.world]",
      "sim, numbers = sim[:len(sim) // self.world], numbers[:len(sim) // self.world]", "every rank gets the same share",
      data_check_alpha),
