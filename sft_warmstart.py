@@ -59,15 +59,18 @@ LANDMARK_CENTRE, LANDMARK_SCALE = (.48, -.02, .10), .1             # m: what the
 # 5,000). The tiny ones were tuned here. augment: see augment(). statistics: `base` keeps those of the checkpoint (same
 # robot, same action space), `data` computes q01/q99 of the demonstrations.
 PRESETS = {
-    "openvla": dict(steps=2000, batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1., beta2=.999,
-                    weight_decay=.01, clip=1., ema=0., optimizer="adamw", augment="openvla", lora_rank=32, statistics="data",
-                    dtype="bfloat16", aux_weight=0.),
-    "pi05": dict(steps=5000, batch=16, micro_batch=16, lr=2.5e-5, warmup=1000, decay_steps=30000, final_lr=.1, beta2=.95,
-                 weight_decay=1e-10, clip=1., ema=.999, optimizer="adamw", augment="pi05", lora_rank=0, statistics="data",
-                 dtype="bfloat16", aux_weight=0.),
-    "openvla-tiny": dict(steps=700, batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=.02, beta2=.95,
-                         weight_decay=.01, clip=1., ema=0., optimizer="muon", augment="shift", lora_rank=0, statistics="base",
-                         dtype="float32", aux_weight=1.)}
+    "openvla": dict(
+        steps=2000, batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1., beta2=.999,
+        weight_decay=.01, clip=1., ema=0., optimizer="adamw", augment="openvla", lora_rank=32, statistics="data",
+        dtype="bfloat16"),
+    "pi05": dict(
+        steps=5000, batch=16, micro_batch=16, lr=2.5e-5, warmup=1000, decay_steps=30000, final_lr=.1, beta2=.95,
+        weight_decay=1e-10, clip=1., ema=.999, optimizer="adamw", augment="pi05", lora_rank=0, statistics="data",
+        dtype="bfloat16"),
+    "openvla-tiny": dict(
+        steps=700, batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=.02, beta2=.95,
+        weight_decay=.01, clip=1., ema=0., optimizer="muon", augment="shift", lora_rank=0, statistics="base",
+        dtype="float32")}
 PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"]
 
 def parse(argv=None):
@@ -77,10 +80,10 @@ def parse(argv=None):
     add("--policy", default="openvla", help="openvla, pi05 (bundled tiny ones), a checkpoint folder, or a hub id")
     add("--scratch", action="store_true", help="random weights of the bundled architecture; --policy openvla or pi05")
     add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all: what is recorded and evaluated")
-    add("--sim-ratio", type=float, default=.5, help="alpha, 0 to 1: P(a sample is simulated); 0 = real only, 1 = sim only")
+    add("--sim-ratio", type=float, default=.5, help="alpha, 0 to 1: P(a sample is simulated); 0 = real only")
     add("--sim-data", help="LeRobot folder or hub id; default: recorded by the scripted expert into --demos")
     add("--real-data", help="the same for your robot; default: recorded on its stand-in by a clumsy tele-operator")
-    add("--sim-episodes", type=int, default=300, help="demonstrations per task to record if --sim-data is not given, >= 2")
+    add("--sim-episodes", type=int, default=300, help="to record per task if --sim-data is not given, >= 2")
     add("--real-episodes", type=int, default=50, help="the same for --real-data")
     add("--demos", default="runs/demos", help="folder for what is recorded; what is there already is used again")
     add("--camera", nargs="+", help="image features to use; default: the first that is not on the wrist")
@@ -89,6 +92,7 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all other flags must be as they were")
     add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
     add("--pretrain-episodes", type=int, default=8000, help="episodes of all tasks to record for it, >= 2")
+    add("--aux-weight", type=float, default=1., help="of the landmark loss in --pretrain, >= 0")
     add("--half", action="store_true", help="store OUT/policy in half precision")
     add("--seed", type=int, default=0, help=f"of demonstrations, sampling and weights, >= 0; not {EVAL_SEED}")
     add("--eval-episodes", type=int, default=100, help="per task and domain at the end; 0 = none")
@@ -100,7 +104,8 @@ def parse(argv=None):
     add("--gradient-checkpointing", action="store_true", help="a third more time, far less memory")
     group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
     for name, kind, text in (
-            ("steps", int, "optimizer steps; 0 = only evaluate"), ("batch", int, "samples per step over all ranks, >= ranks"),
+            ("steps", int, "optimizer steps; 0 = only evaluate"),
+            ("batch", int, "samples per step over all ranks, >= ranks"),
             ("micro-batch", int, "samples per forward pass of a rank, >= 1; gradients accumulate"),
             ("lr", float, "peak learning rate, > 0"), ("warmup", int, "steps of linear warm-up; 0 = none"),
             ("decay-steps", int, "steps at which the cosine ends; 0 = --steps"),
@@ -111,8 +116,7 @@ def parse(argv=None):
             ("ema", float, "decay per step of averaged weights, which are then what is saved; 0 = none"),
             ("augment", str, "openvla, pi05 (the official recipes), shift (+-2 pixels, a little tone), or none"),
             ("lora-rank", int, "0 = train the weights themselves"), ("dtype", str, "float32 or bfloat16 (autocast)"),
-            ("statistics", str, "base (of the checkpoint) or data (of these demonstrations), for normalisation"),
-            ("aux-weight", float, "of the landmark loss, >= 0; only in --pretrain")):
+            ("statistics", str, "base (of the checkpoint) or data (of these demonstrations), for normalisation")):
         group.add_argument("--" + name, type=kind, help=text)
     return check_args(parser.parse_args(argv))
 
@@ -205,8 +209,8 @@ AUGMENT = dict(openvla=(.9 ** .5, 0, 0, .2, 0, .2, .2, .05), pi05=(.95, 5, 0, 0,
                shift=(1, 0, 2, 0, .2, .2, .05, 0))
 
 def augment(images, recipe):
-    """(B, [N,] H, W, 3) uint8 -> the same, a draw for each sample (openpi: one for the batch). Crops and turns are for the
-    first camera only, as in openpi. Hue is turned in YIQ, which is not TensorFlow's HSV but close at +-0.05."""
+    """(B, [N,] H, W, 3) uint8 -> the same, a draw for each sample (openpi: one for the batch). Crops and turns are for
+    the first camera only, as in openpi. Hue is turned in YIQ, which is not TensorFlow's HSV but close at +-0.05."""
     side, degrees, pixels, added, *factors, hue = AUGMENT[recipe]
     x = torch.as_tensor(images)
     numbers = lambda *values: torch.tensor(values, device=x.device)
@@ -240,8 +244,8 @@ def augment(images, recipe):
 
 class Probe(nn.Module):
     """Auxiliary heads: from the hidden state of the last prompt token, and from the vision features alone, to (B, 9)
-    positions of tool, object and goal. The first listens to the decoder in bc_loss's own forward pass; the second cannot
-    know which object is meant, but makes the towers see several times sooner."""
+    positions of tool, object and goal. The first listens to the decoder in bc_loss's own forward pass; the second
+    cannot know which object is meant, but makes the towers see sooner."""
 
     def __init__(self, policy):
         super().__init__()
@@ -269,9 +273,9 @@ class Probe(nn.Module):
         return loss, LANDMARK_SCALE * (told - target).detach().view(-1, 3, 3).norm(dim=2).mean()
 
 def part_losses(policy, batch, args, probe=None, train=False):
-    """Yields (domain, samples, steps that are no padding, L_SFT, L_aux, position error [m]) of micro-batches, each of one
-    domain only, of this rank's share."""
-    needs_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
+    """Yields (domain, samples, steps that are no padding, L_SFT, L_aux, position error [m]) of micro-batches of this
+    rank's share, each of one domain only."""
+    reads_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
     for domain in (0, 1):
         rows = np.flatnonzero(batch["sim"] == domain)
         for at in range(0, len(rows), args.micro_batch):
@@ -281,8 +285,8 @@ def part_losses(policy, batch, args, probe=None, train=False):
             state = torch.from_numpy(batch["state"][part])
             pad = torch.from_numpy(batch["pad"][part])[:, :policy.settings.get("horizon", 1)]
             images = policy.encode_images(images) if probe else images
-            loss = policy.bc_loss(images, [batch["instructions"][i] for i in part],
-                                  torch.from_numpy(batch["actions"][part]), pad, **dict(state=state) if needs_state else {})
+            texts, actions = [batch["instructions"][i] for i in part], torch.from_numpy(batch["actions"][part])
+            loss = policy.bc_loss(images, texts, actions, pad, **dict(state=state) if reads_state else {})
             aux, error = probe(images, state[:, -9:].to(loss.device)) if probe else loss.new_zeros(2)
             yield domain, len(part), int((~pad).sum()), loss, aux, error
 
@@ -293,15 +297,14 @@ def loss_and_gradients(policy, batch, args, probe=None):
     count = torch.stack([torch.bincount(domains, weights=w.double(), minlength=2) for w in (steps > 0, steps)])
     samples, steps = all_sum(count.to(policy.device))       # N_d and unpadded steps, (2,) each, over all ranks
     share = samples / samples.sum()                                                          # N_d / B
-    sums = torch.zeros(4, dtype=torch.float64, device=policy.device)                         # real, sim, aux, error
+    sums = torch.zeros(4, dtype=torch.float64)                                               # real, sim, aux, error
     for domain, n, k, loss, aux, error in part_losses(policy, batch, args, probe, train=True):
         mean = loss * (k / steps[domain]).float()            # this part of L_SFT(domain)
         weight = n / samples.sum()
         total = share[domain].float() * mean + args.aux_weight * weight.float() * aux
         total.backward()
-        sums += torch.stack([mean.detach() * (domain == 0), mean.detach() * (domain == 1), weight * aux.detach(),
-                             weight * error]).double()
-    real, sim, aux, error = all_sum(sums).tolist()
+        sums += torch.tensor([mean * (domain == 0), mean * (domain == 1), weight * aux, weight * error]).double()
+    real, sim, aux, error = all_sum(sums.to(policy.device)).tolist()
     sum_gradients([p for p in policy.parameters() if p.requires_grad] + list(probe.parameters() if probe else ()))
     logs = {f"loss/{name}": value for name, value, n in zip(DOMAINS, (real, sim), samples) if n}
     return logs | dict(loss=share.tolist()[0] * real + share.tolist()[1] * sim) | (
@@ -315,19 +318,19 @@ def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
         if held_out.get(name):
             order = np.random.default_rng(0).permutation(len(held_out[name]))[:most][rank::world]
             torch.manual_seed(rank)          # of flow matching's noise
-            sums = torch.zeros(4, dtype=torch.float64, device=policy.device)
+            sums = torch.zeros(4, dtype=torch.float64)
             batch = held_out[name].batch(order) | dict(sim=np.full(len(order), domain))
             for _, n, k, loss, aux, error in part_losses(policy, batch, args, probe):
-                sums += torch.stack([k * loss, torch.tensor(k, device=loss.device), n * error, torch.tensor(n)]).double()
-            total, k, error, n = all_sum(sums).tolist()
+                sums += torch.tensor([k * loss, k, n * error, n], dtype=torch.float64)
+            total, k, error, n = all_sum(sums.to(policy.device)).tolist()
             logs |= {f"held_out/{name}": total / k} | ({"held_out/position_mm": 1e3 * error / n} if probe else {})
     return logs
 
 # ---- data ----------------------------------------------------------------------------------------------------
 
 def record_labelled(block):
-    """Episodes first .. first + count - 1 of the pretrain domain that succeed: write_dataset's tuples, with landmarks (9,)
-    appended to the state (8,)."""
+    """Those of episodes first .. first + count - 1 of the pretrain domain that succeed: what write_dataset takes, with
+    landmarks (9,) appended to the state (8,)."""
     first, count, seed, size = block
     env = envs.VecEnv("all", "pretrain", min(4, count), seed, image_size=size, first_episode=first)
     expert, obs, done, steps = envs.Expert(env, noise=.01), env.reset(), {}, [[] for _ in range(min(4, count))]
@@ -390,8 +393,7 @@ def make_policy(args, device):
 
 @torch.no_grad()
 def initialise_vision(policy, images):
-    """A start that sees: patch embeddings = whitened principal components of patches, positions = 2-D sinusoids. With random
-    ones the towers take several times as long to find anything."""
+    """A start that sees: patch embeddings = whitened principal components of patches, positions = 2-D sinusoids."""
     convs, seen = {n: m for n, m in policy.named_modules() if isinstance(m, nn.Conv2d)}, {}
     hooks = [m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0]})) for n, m in convs.items()]
     policy.encode_images(images)
@@ -516,9 +518,10 @@ class Log:
         matplotlib.use("Agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(figsize=(6, 4))
-        for name in dict.fromkeys(name for row in self.rows for name in row if name.startswith(("loss/", "held_out/"))):
+        for name in ("loss/sim", "loss/real", "held_out/sim", "held_out/real"):
             points = [(row["step"], row[name]) for row in self.rows if name in row]
-            axes.plot(*zip(*points), "--" if name.startswith("held") else "-", label=name.replace("real", "stand-in / real"))
+            if points:
+                axes.plot(*zip(*points), "--" if name.startswith("held") else "-", label=name)
         axes.set(xlabel="optimizer step", ylabel="L_SFT", yscale="log")
         axes.legend()
         figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -534,8 +537,8 @@ def train(args, policy, rank, world, out):
         some = np.random.default_rng(0).permutation(len(sets["sim"]))[:500]
         initialise_vision(policy, torch.from_numpy(sets["sim"].batch(some)["images"]))
     probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
-    sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), 1. if args.pretrain else args.sim_ratio, args.batch,
-                                   args.seed, rank, world)
+    alpha = 1. if args.pretrain else args.sim_ratio
+    sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), alpha, args.batch, args.seed, rank, world)
     trainer, stop = Trainer(args, policy, probe, sampler, rank), torch.zeros(1)
     if args.resume:
         trainer.load(out / "resume.pt")
@@ -548,7 +551,7 @@ def train(args, policy, rank, world, out):
             if step == args.steps or args.val_every and step % args.val_every == 0:
                 logs |= held_out_losses(policy, held_out, args, rank, world, probe)
             log.write(step, logs)
-            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in log.rows[-1].items() if "loss" in name))
+            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in logs.items() if "loss" in name))
             bar.update(args.batch)
             if rank == 0 and args.save_every and step % args.save_every == 0:
                 trainer.save(out / "resume.pt")
@@ -588,7 +591,7 @@ def evaluate(args, policy, rank, world):
             low, high = envs.wilson(k, n)
             results[f"{NAMES[domain]}/{task}"] = dict(success=k / n, n=n, low=low, high=high)
             if rank == 0:
-                print(f"{NAMES[domain]:9}{task:13} {k / n:6.1%}   n {n}, 95 % interval {low:.1%} - {high:.1%}", flush=True)
+                print(f"{NAMES[domain]:9}{task:13} {k / n:6.1%}   n {n}, 95 % interval {low:.1%} - {high:.1%}")
     return results
 
 # ---- the run -------------------------------------------------------------------------------------------------
@@ -623,7 +626,7 @@ def work(args, rank, world, device):
             store_half(part)
         shutil.rmtree(out / "policy", ignore_errors=True)
         os.replace(part, out / "policy")
-        print(f"wrote {out}/policy after {seconds:.0f} s on {world} rank{'s' * (world > 1)} ({device.type})", flush=True)
+        print(f"wrote {out}/policy after {seconds:.0f} s, ranks: {world} ({device.type})", flush=True)
     if args.eval_episodes:
         results = evaluate(args, policy, rank, world)
         if rank == 0:

@@ -2423,7 +2423,7 @@ MAY_IMPORT = dict(envs=set(), policies=set(), real_data={"envs"}, evaluate={"env
                   sft_warmstart={"envs", "policies", "real_data"},
                   rl_cotrain={"envs", "policies", "real_data", "evaluate", "sft_warmstart"})
 INSTALLED = {"torch", "transformers", "mujoco", "numpy", "imageio", "tqdm", "pyarrow", "matplotlib", "safetensors", "tokenizers",
-             "huggingface_hub", "imageio_ffmpeg", "OpenGL", "PIL"}    # the last six come with the first ones
+             "huggingface_hub", "filelock", "imageio_ffmpeg", "OpenGL", "PIL"}     # the last seven come with the others
 
 
 def imported_names(tree):
