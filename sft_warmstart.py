@@ -49,6 +49,7 @@ import policies
 import real_data
 
 EVAL_SEED = 999_983                     # of the scenes of every evaluation; demonstrations must have another
+EVAL_TEMPERATURE = .6                   # of OpenVLA's tokens in evaluations, as in RL4VLA and RLinf
 PRETRAIN_SEED = 77_000                  # of the scenes of pre-training, which are in a domain of their own anyway
 DOMAINS = ("real", "sim")               # in the order of MixSampler: batch["sim"] is the index
 NAMES = dict(sim="sim", real="stand-in", pretrain="pretrain")
@@ -303,7 +304,8 @@ def loss_and_gradients(policy, batch, args, probe=None):
         weight = n / samples.sum()
         total = share[domain].float() * mean + args.aux_weight * weight.float() * aux
         total.backward()
-        sums += torch.tensor([mean * (domain == 0), mean * (domain == 1), weight * aux, weight * error]).double()
+        parts = (mean * (domain == 0), mean * (domain == 1), weight * aux, weight * error)
+        sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
     real, sim, aux, error = all_sum(sums.to(policy.device)).tolist()
     sum_gradients([p for p in policy.parameters() if p.requires_grad] + list(probe.parameters() if probe else ()))
     logs = {f"loss/{name}": value for name, value, n in zip(DOMAINS, (real, sim), samples) if n}
@@ -539,6 +541,7 @@ def train(args, policy, rank, world, out):
     probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
     alpha = 1. if args.pretrain else args.sim_ratio
     sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), alpha, args.batch, args.seed, rank, world)
+    # A signal may set `stop` while it is being summed, and ranks must agree: each sends a copy of it.
     trainer, stop = Trainer(args, policy, probe, sampler, rank), torch.zeros(1)
     if args.resume:
         trainer.load(out / "resume.pt")
@@ -546,7 +549,7 @@ def train(args, policy, rank, world, out):
     with on_signal(lambda *_: stop.fill_(1)), tqdm(
             total=args.steps * args.batch, initial=trainer.step * args.batch, unit="sample", unit_scale=True,
             disable=rank > 0, desc=out.name) as bar:
-        while trainer.step < args.steps and not all_sum(stop.to(policy.device)).item():
+        while trainer.step < args.steps and not all_sum(stop.clone().to(policy.device)).item():
             logs, step = trainer.update(policy, probe), trainer.step
             if step == args.steps or args.val_every and step % args.val_every == 0:
                 logs |= held_out_losses(policy, held_out, args, rank, world, probe)
@@ -584,11 +587,13 @@ def run_episodes(policy, task, domain, episodes, rank=0, world=1, num_envs=25, d
 
 def evaluate(args, policy, rank, world):
     """{"sim/open-drawer": dict(success, n, low, high)}, printed; both domains, and the third after pre-training."""
-    results = {}
+    results, tokens = {}, isinstance(policy, policies.OpenVLA)
+    if tokens:                               # likeliest tokens stand still for ever where the demonstrator waited
+        policy.settings["temperature"] = EVAL_TEMPERATURE
     for domain in ("sim", "real", *["pretrain"] * args.pretrain):
         for task in envs.TASKS if args.task == "all" or args.pretrain else [args.task]:
-            k, n = run_episodes(policy, task, domain, args.eval_episodes, rank, world)
-            low, high = envs.wilson(k, n)
+            k, n = run_episodes(policy, task, domain, args.eval_episodes, rank, world, deterministic=not tokens)
+            low, high = (min(max(x, 0.), 1.) for x in envs.wilson(k, n))
             results[f"{NAMES[domain]}/{task}"] = dict(success=k / n, n=n, low=low, high=high)
             if rank == 0:
                 print(f"{NAMES[domain]:9}{task:13} {k / n:6.1%}   n {n}, 95 % interval {low:.1%} - {high:.1%}")

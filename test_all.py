@@ -23,6 +23,7 @@ import symtable
 import sys
 import textwrap
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 import policies
 import real_data
+import sft_warmstart
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -2414,6 +2416,337 @@ def test_data_mutants_die(tmp_path, old, new, label, check):
             check(mutant, tmp_path)
     finally:
         del sys.modules["data_mutant"]
+
+
+# ---------------------------------------------------------------------------------------------------- sft_warmstart
+
+SFT_HOME = pathlib.Path(sft_warmstart.__file__).parent
+
+
+def sft_episode(number, length, size=64):
+    """A toy demonstration: where the bright bar is says what to do."""
+    rng = np.random.default_rng(number)
+    actions = rng.uniform(-.03, .03, (length, 7)).astype(np.float32) * (1, 1, 1, 0, 0, 1, 0)
+    actions[:, 6] = np.where(np.arange(length) < length / 2, 1, -1)
+    images = np.full((length, size, size, 3), 40, np.uint8)
+    for t, image in enumerate(images):
+        image[:, 4 * (t % 12) + 4 * (number % 4):][:, :6] = 220
+    states = rng.normal(size=(length, 8)).astype(np.float32)
+    return images, states, actions.astype(np.float32), "open the drawer", number
+
+
+@pytest.fixture(scope="module")
+def sft_demos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft_demos")
+    for name, first in (("sim", 0), ("real", 100)):
+        real_data.write_dataset(folder / name, [sft_episode(first + k, 9 + k) for k in range(4)], 5)
+    return folder
+
+
+def sft_args(demos, out, *extra, policy="openvla"):
+    return sft_warmstart.parse([
+        "--policy", policy, "--scratch", "--sim-data", str(demos / "sim"), "--real-data", str(demos / "real"),
+        "--out", str(out), "--ranks", "1", "--device", "cpu", "--eval-episodes", "0", "--batch", "8", "--steps", "6",
+        "--save-every", "0", "--val-every", "0", "--warmup", "2", "--held-out", "0.25", "--optimizer", "adamw", *extra])
+
+
+def sft_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def sft_weights(out):
+    return torch.load(out / "resume.pt", weights_only=True)
+
+
+def sft_batch(policy, sim, seed=0):
+    rng, n = np.random.default_rng(seed), len(sim)
+    horizon = policy.settings.get("horizon", 1)
+    pad = np.arange(horizon) >= rng.integers(1, horizon + 1, (n, 1))
+    return dict(images=rng.integers(0, 256, (n, 64, 64, 3), np.uint8), instructions=["open the drawer"] * n, pad=pad,
+                actions=rng.uniform(-.03, .03, (n, horizon, 7)).astype(np.float32), state=np.zeros((n, 8), np.float32),
+                sim=np.array(sim, bool))
+
+
+def sft_check_gradient(name="openvla", micro=64):
+    """The gradient of a batch is N_sim/B grad L_SFT(sim) + N_real/B grad L_SFT(real)."""
+    policy = policies.make_tiny(name)
+    batch = sft_batch(policy, [1, 0, 0, 1, 0, 0, 0, 1])
+    args = types.SimpleNamespace(augment="none", micro_batch=micro, aux_weight=0)
+    torch.manual_seed(3)
+    logs = sft_warmstart.loss_and_gradients(policy, batch, args)
+    got = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    torch.manual_seed(3)
+    total = 0
+    for domain, share in ((0, 5 / 8), (1, 3 / 8)):
+        rows = batch["sim"] == domain
+        loss = policy.bc_loss(batch["images"][rows], ["open the drawer"] * rows.sum(), batch["actions"][rows],
+                              torch.from_numpy(batch["pad"][rows]))
+        assert logs["loss/" + ("real", "sim")[domain]] == pytest.approx(loss.item(), rel=1e-5)
+        total = total + share * loss
+    total.backward()
+    assert logs["loss"] == pytest.approx(total.item(), rel=1e-5)
+    for name, p in policy.named_parameters():
+        if p.grad is not None:
+            assert name in got and torch.allclose(got[name], p.grad, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_sft_gradient_is_the_formula(name):
+    sft_check_gradient(name)
+
+
+def test_sft_micro_batches_change_nothing():
+    sft_check_gradient("openvla", micro=2)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("share[domain].float() * mean", "mean"), ("share[domain].float() * mean", "(1 - share[domain]).float() * mean"),
+    ("loss * (k / steps[domain]).float()", "loss"), ("samples / samples.sum()", "samples / 16"),
+    ("total.backward()", "total.detach()")])
+def test_sft_mutants_of_the_loss_die(monkeypatch, old, new):
+    assert_mutant_dies(monkeypatch, sft_warmstart, sft_warmstart, "loss_and_gradients", old, new,  # noqa: F821
+                       lambda: sft_check_gradient(micro=2))
+
+
+def test_sft_starts_at_theory_and_overfits(sft_demos, tmp_path):
+    """ln(vocabulary) at first for tokens, E u^2 = 1 + E a^2 for flow; far below after a few steps."""
+    for name, steps, limit in (("openvla", 60, .5), ("pi05", 60, .5)):
+        args = sft_args(sft_demos, tmp_path / name, "--steps", str(steps), "--augment", "none", "--batch", "16",
+                        "--lr", "2e-3", policy=name)
+        assert sft_warmstart.warm_start(args) == tmp_path / name / "policy"
+        rows, policy = sft_metrics(tmp_path / name), policies.load_policy(str(tmp_path / name / "policy"))
+        theory = math.log(policy.config["text_config"]["vocab_size"]) if name == "openvla" else 1.3
+        assert rows[0]["loss"] == pytest.approx(theory, rel=.15)
+        assert np.mean([row["loss"] for row in rows[-5:]]) < limit * rows[0]["loss"]
+        assert {"loss/sim", "loss/real", "held_out/sim", "held_out/real"} <= set().union(*rows)
+        assert (tmp_path / name / "loss.png").stat().st_size > 5000
+        assert list(policy.statistics) == ["panda"]
+
+
+def test_sft_alpha_0_and_1_open_one_set_only(sft_demos, tmp_path):
+    for alpha, missing, seen in (("0", "--sim-data", "real"), ("1", "--real-data", "sim")):
+        args = sft_args(sft_demos, tmp_path / alpha, "--sim-ratio", alpha, missing, "/nowhere/at/all", "--steps", "2",
+                        "--statistics", "data")
+        assert sft_warmstart.warm_start(args)
+        rows = sft_metrics(tmp_path / alpha)
+        assert {name for row in rows for name in row if "/" in name} == {f"loss/{seen}", f"held_out/{seen}"}
+        assert policies.load_policy(str(tmp_path / alpha / "policy")).statistics.keys() == {"demos"}
+
+
+def sft_check_resume(demos, folder, name):
+    """Bit for bit: weights, averaged weights, optimizers, position in the samples, and every logged number."""
+    options, write = ("--ema", "0.9", "--val-every", "2", "--optimizer", "muon"), sft_warmstart.Log.write
+    whole, cut = folder / f"{name}-whole", folder / f"{name}-cut"
+    if not whole.exists():
+        sft_warmstart.warm_start(sft_args(demos, whole, *options, policy=name))
+
+    def write_then_interrupt(log, step, values):
+        write(log, step, values)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_warmstart.Log, "write", write_then_interrupt)
+        assert sft_warmstart.warm_start(sft_args(demos, cut, *options, policy=name)) is None
+    assert sft_weights(cut)["step"] == 3 and not (cut / "policy").exists()
+    with open(cut / "metrics.jsonl", "a") as file:           # a killed run may have logged beyond its last save
+        file.write('{"step": 4, "loss": 99}\n')
+    assert sft_warmstart.warm_start(sft_args(demos, cut, *options, "--resume", policy=name))
+    a, b = sft_weights(whole), sft_weights(cut)
+    assert a["sampler"] == b["sampler"] and a["step"] == b["step"] == 6
+    for first, second in ((a["weights"], b["weights"]), (dict(enumerate(a["ema"])), dict(enumerate(b["ema"])))):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    for first, second in zip(a["optimizers"], b["optimizers"]):
+        assert len(a["optimizers"]) == 2 and all(torch.equal(state[part], second["state"][key][part])
+                                                 for key, state in first["state"].items() for part in state)
+    assert [row | dict(wait_s=0) for row in sft_metrics(whole)] == [row | dict(wait_s=0) for row in sft_metrics(cut)]
+    saved = policies.load_policy(str(cut / "policy")).state_dict()
+    assert all(torch.equal(saved[key.removeprefix("0.")], average) for key, average in zip(b["weights"], b["ema"]))
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_sft_interrupted_and_resumed_equals_uninterrupted(sft_demos, tmp_path, name):
+    sft_check_resume(sft_demos, tmp_path, name)
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    ("Trainer", "load", 'self.sampler.load_state_dict(state["sampler"])', "pass"),
+    ("Trainer", "load", "optimizer.load_state_dict(saved)", "pass"),
+    ("Trainer", "load", "own.copy_(saved)", "pass"),
+    ("Trainer", "update", "+ self.step << 12", "+ id(batch) << 12"),
+    ("Trainer", "use_average", "p.copy_(average)", "pass"),
+    ("Log", "__init__", 'if row["step"] <= step', "")])
+def test_sft_mutants_of_resuming_die(sft_demos, tmp_path, monkeypatch, owner, name, old, new):
+    args = sft_args(sft_demos, tmp_path / "openvla-whole", "--ema", "0.9", "--val-every", "2", "--optimizer", "muon")
+    if name != "use_average":                # the uninterrupted run is honest
+        sft_warmstart.warm_start(args)
+    assert_mutant_dies(monkeypatch, sft_warmstart, getattr(sft_warmstart, owner), name, old, new,  # noqa: F821
+                       lambda: sft_check_resume(sft_demos, tmp_path, "openvla"))
+
+
+def test_sft_resume_refuses_another_run(sft_demos, tmp_path):
+    sft_warmstart.warm_start(sft_args(sft_demos, tmp_path, "--steps", "1"))
+    with pytest.raises(ValueError, match="--lr was"):
+        sft_warmstart.warm_start(sft_args(sft_demos, tmp_path, "--steps", "1", "--lr", "0.1", "--resume"))
+
+
+def sft_process(args_of, *extra):
+    command = [sys.executable, str(SFT_HOME / "sft_warmstart.py"), *args_of, *extra]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def test_sft_two_ranks_equal_one_and_signals_leave_a_checkpoint(sft_demos, tmp_path):
+    """Same samples, losses and gradient norms with two ranks; Ctrl-C ends them together; kill -9 leaves a whole file."""
+    flags = ["--scratch", "--sim-data", str(sft_demos / "sim"), "--real-data", str(sft_demos / "real"), "--device", "cpu",
+             "--eval-episodes", "0", "--batch", "8", "--augment", "none", "--save-every", "1", "--held-out", "0",
+             "--warmup", "0", "--final-lr", "1", "--steps", "9999", "--optimizer", "adamw"]
+    double = sft_process(flags, "--ranks", "2", "--out", str(tmp_path / "two"))
+    while not (tmp_path / "two/resume.pt").exists() or len(sft_metrics(tmp_path / "two")) < 4:
+        assert double.poll() is None, double.stderr.read()
+        time.sleep(.05)
+    double.send_signal(signal.SIGINT)
+    assert double.wait(60) == 130 and "interrupted" in double.stderr.read()
+    single = sft_process(flags, "--ranks", "1", "--out", str(tmp_path / "one"))
+    while not (tmp_path / "one/metrics.jsonl").exists() or len(sft_metrics(tmp_path / "one")) < 4:
+        assert single.poll() is None, single.stderr.read()
+        time.sleep(.05)
+    single.kill()
+    single.wait()
+    one, two = sft_metrics(tmp_path / "one"), sft_metrics(tmp_path / "two")
+    for a, b in zip(one[:4], two[:4]):
+        for key in ("loss", "loss/sim", "loss/real", "grad_norm"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=2e-3 if a["step"] > 1 else 1e-5), (key, a["step"])
+    for out in ("one", "two"):
+        state = sft_weights(tmp_path / out)
+        assert state["step"] == state["sampler"]["step"] >= 1
+    assert sft_weights(tmp_path / "two")["step"] == two[-1]["step"]
+
+
+def test_sft_augmentation():
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    torch.manual_seed(0)
+    for recipe in sft_warmstart.AUGMENT:
+        for shape in ((4, 32, 32, 3), (2, 3, 32, 32, 3)):
+            out = sft_warmstart.augment(images[:math.prod(shape[:-3])].reshape(shape), recipe)
+            assert out.shape == shape and out.dtype == torch.uint8
+        out = sft_warmstart.augment(images, recipe)
+        assert len({tuple(x.flatten().tolist()) for x in out}) == 64           # a draw for each sample
+    still = dict(shift=(1, 0, 2, 0, 0, 0, 0, 0), none=(1, 0, 0, 0, 0, 0, 0, 0), hue=(1, 0, 0, 0, 0, 0, 0, .05))
+    sft_warmstart.AUGMENT, before = still, sft_warmstart.AUGMENT
+    try:
+        assert (sft_warmstart.augment(images, "none").numpy() == images).all()
+        moved, offsets = sft_warmstart.augment(images, "shift").numpy(), set()
+        padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), "edge")
+        for k in range(64):                  # one of the 25 whole-pixel shifts, edges repeated
+            offsets |= {(y, x) for y in range(5) for x in range(5) if (padded[k, y:y + 32, x:x + 32] == moved[k]).all()}
+        assert len(offsets) > 15
+        grey = np.full((4, 8, 8, 3), 100, np.uint8)
+        assert (sft_warmstart.augment(grey, "hue").numpy() == 100).all()
+    finally:
+        sft_warmstart.AUGMENT = before
+
+
+def test_sft_learning_rate_is_openpis():
+    args = types.SimpleNamespace(lr=2.5e-5, warmup=1000, decay_steps=30000, final_lr=.1, steps=5000)
+    rate = lambda step: sft_warmstart.learning_rate(step, args)
+    assert rate(0) == pytest.approx(2.5e-5 / 1001) and rate(1000) == pytest.approx(2.5e-5)
+    assert rate(15500) == pytest.approx(2.5e-5 * .55) and rate(30000) == rate(40000) == pytest.approx(2.5e-6)
+
+
+def test_sft_non_finite_steps_are_skipped_then_stop(sft_demos, tmp_path, monkeypatch):
+    honest, calls = sft_warmstart.loss_and_gradients, []
+
+    def broken(policy, batch, args, probe=None):
+        logs = honest(policy, batch, args, probe)
+        calls.append(0)
+        if len(calls) in broken.bad:
+            policy.get_parameter("language_model.lm_head.weight").grad.fill_(math.nan)
+        return logs
+
+    monkeypatch.setattr(sft_warmstart, "loss_and_gradients", broken)
+    broken.bad = {2}
+    sft_warmstart.warm_start(sft_args(sft_demos, tmp_path / "once", "--steps", "3"))
+    assert all(torch.isfinite(w).all() for w in sft_weights(tmp_path / "once")["weights"].values())
+    broken.bad = set(range(1000))
+    with pytest.raises(RuntimeError, match="5 times in a row"):
+        sft_warmstart.warm_start(sft_args(sft_demos, tmp_path / "often"))
+
+
+def test_sft_bad_flags_are_listed_together():
+    with pytest.raises(ValueError) as error:
+        sft_warmstart.parse(["--scratch", "--sim-ratio", "1.5", "--task", "fly", "--augment", "zoom", "--resume",
+                             "--seed", str(sft_warmstart.EVAL_SEED), "--out", "/nowhere"])
+    assert all(flag in str(error.value) for flag in ("--sim-ratio", "--task", "--augment", "--resume", "--seed"))
+
+
+def test_sft_pretraining_labels_and_dropped_head(tmp_path, monkeypatch):
+    """Labels are the simulator's; the head listens to bc_loss's own pass, learns, and is not in the checkpoint."""
+    (images, labelled, actions, text, number), *_ = sft_warmstart.record_labelled((0, 3, 5, 64))
+    env = envs.VecEnv("all", "pretrain", 3, 5, image_size=64)
+    assert (images[0] == env.reset()["images"][number]).all()
+    assert np.allclose(labelled[0, 8:], env.landmarks()[number].ravel()) and np.allclose(labelled[:, :3], labelled[:, 8:11])
+    for name in ("openvla", "pi05"):
+        policy = policies.make_tiny(name)
+        probe, batch, texts = sft_warmstart.Probe(policy), sft_batch(policy, [1] * 3), ["open it", "pick the red one up now", "a"]
+        policy.bc_loss(batch["images"], texts, batch["actions"])
+        heard = probe.hidden
+        if name == "openvla":
+            expected = policy.prompt_hidden(batch["images"], texts)
+        else:                                # one prompt at a time: no padding, so the last column is the last token
+            expected = torch.cat([policy.observe(batch["images"][i:i + 1], [text], None, None)[0][:, -1]
+                                  for i, text in enumerate(texts)])
+        assert torch.allclose(heard, expected, atol=1e-4)
+    args = sft_warmstart.parse(["--pretrain", "--policy", "openvla", "--demos", str(tmp_path), "--pretrain-episodes", "4",
+                                "--out", str(tmp_path / "base"), "--steps", "30", "--warmup", "5", "--batch", "16", "--eval-episodes", "1",
+                                "--half", "--ranks", "1", "--device", "cpu"])
+    act_once = lambda policy, *_, **__: [len(policy.act(images[:1], ["open the drawer"]).actions) - 1, 1]
+    monkeypatch.setattr(sft_warmstart, "run_episodes", act_once)             # the head must be gone by then
+    assert sft_warmstart.warm_start(args)
+    rows = sft_metrics(tmp_path / "base")
+    assert rows[-1]["aux"] < .8 * rows[0]["aux"] and rows[-1]["held_out/position_mm"] > 0 and "loss/real" not in rows[0]
+    results = json.loads((tmp_path / "base/result.json").read_text())["results"]
+    assert {name: row["n"] for name, row in results.items()} == {
+        f"{domain}/{task}": 1 for domain in ("sim", "stand-in", "pretrain") for task in envs.TASKS}
+    policy = policies.load_policy(str(tmp_path / "base/policy"))
+    assert sum(f.stat().st_size for f in (tmp_path / "base/policy").iterdir()) < 10e6
+    assert policy.statistics["panda"]["action"]["q99"][0] == pytest.approx(.04)
+
+
+def sft_check_scenes():
+    seen = []
+
+    def act(images, instructions, deterministic, generator, **_):
+        return types.SimpleNamespace(actions=torch.zeros(len(images), 1, 7))
+
+    class Watched(envs.VecEnv):
+        def step(self, actions):
+            result = super().step(actions)
+            seen.extend((self.seed, int(result[-1]["episode"][i])) for i in result[-1]["ended"])
+            return result
+
+    policy = types.SimpleNamespace(device=torch.device("cpu"), image_size=8, settings={}, act=act)
+    sft_warmstart.envs.VecEnv, before = Watched, envs.VecEnv
+    try:
+        for world in (1, 2):
+            seen.clear()
+            counts = [sft_warmstart.run_episodes(policy, "open-drawer", "sim", 5, rank, world, num_envs=2)
+                      for rank in range(world)]
+            assert sum(n for _, n in counts) == 5 and sum(k for k, _ in counts) == 0
+            assert {episode for seed, episode in seen if episode < 5} == set(range(5))
+            assert {seed for seed, _ in seen} == {sft_warmstart.EVAL_SEED}
+    finally:
+        sft_warmstart.envs.VecEnv = before
+
+
+def test_sft_evaluation_scenes_do_not_depend_on_ranks():
+    sft_check_scenes()
+
+
+@pytest.mark.parametrize("old, new", [("first_episode=rank", "first_episode=0"), ("EVAL_SEED, policy", "rank, policy"),
+                                      ("episode_stride=world", "episode_stride=1")])
+def test_sft_mutants_of_evaluation_die(monkeypatch, old, new):
+    assert_mutant_dies(monkeypatch, sft_warmstart, sft_warmstart, "run_episodes", old, new, sft_check_scenes)  # noqa: F821
 
 
 # ---------------------------------------------------------------------------------------------------- architecture
