@@ -593,7 +593,7 @@ def evaluate(args, policy, rank, world):
     for domain in ("sim", "real", *["pretrain"] * args.pretrain):
         for task in envs.TASKS if args.task == "all" or args.pretrain else [args.task]:
             k, n = run_episodes(policy, task, domain, args.eval_episodes, rank, world, deterministic=not tokens)
-            low, high = (min(max(x, 0.), 1.) for x in envs.wilson(k, n))
+            low, high = envs.wilson(k, n)
             results[f"{NAMES[domain]}/{task}"] = dict(success=k / n, n=n, low=low, high=high)
             if rank == 0:
                 print(f"{NAMES[domain]:9}{task:13} {k / n:6.1%}   n {n}, 95 % interval {low:.1%} - {high:.1%}")

@@ -359,7 +359,7 @@ def test_paraphrases_are_behind_the_flag():
 def test_the_picture_shows_two_centimetres(task, domain, size):
     env = envs.VecEnv(task, domain, image_size=size, variant="seen")
     before = env.reset()["images"][0].astype(int)
-    scene, drawn = scene_of(env, 0), env.drawn[0]
+    scene = scene_of(env, 0)
     index = {"pick": 9, "push": 9 + 7 * env.named[0], "drawer": 9}[env.scene_of[0]]
     scene.qpos[0, index] += -.02 if task == "close-drawer" else .02
     after = env.observe(np.array([0]))["images"][0].astype(int)
