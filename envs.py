@@ -41,13 +41,15 @@ from mujoco.batch import Batch, SimulationError       # noqa: E402
 Task = collections.namedtuple("Task", "scene horizon instruction paraphrases")      # horizon in control steps of 0.2 s
 TASKS = {
     "pick-place": Task("pick", 80, "put the object into the dish", [
-        "pick up the thing and drop it in the dish", "place the toy in the round dish", "the toy belongs in the bowl"]),
+        "pick up the thing and drop it in the dish", "place the toy in the round dish", "the toy belongs in the bowl",
+        "move the thing to the bowl", "put it on the plate"]),
     "push-cube": Task("push", 40, "push the {colour} cube forward", [
-        "move the {colour} block away from the robot", "push the {colour} block", "the {colour} one goes forward"]),
+        "move the {colour} block away from the robot", "push the {colour} block", "the {colour} one goes forward",
+        "shove {colour} to the front", "the {colour} block must move"]),
     "open-drawer": Task("drawer", 40, "open the drawer", [
-        "pull the drawer open", "slide the drawer out", "it must be open"]),
+        "pull the drawer open", "slide the drawer out", "it must be open", "open it", "pull the handle"]),
     "close-drawer": Task("drawer", 40, "close the drawer", [
-        "push the drawer shut", "slide the drawer in", "it must be closed"])}
+        "push the drawer shut", "slide the drawer in", "it must be closed", "close it", "push the handle"])}
 DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
 REWARD_TERMS = ("reach", "touch", "progress", "success")
 
@@ -568,7 +570,9 @@ class VecEnv:
         field("light_ambient")[i, 0], field("light_diffuse")[i, 0] = drawn.ambient, drawn.diffuse
         a, e = np.radians([drawn.azimuth, drawn.elevation])
         toward = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
-        scene.mocap_pos[i, 0], field("cam_pos")[i, 0] = look_at, look_at + drawn.distance * toward
+        drawn.eye, right = look_at + drawn.distance * toward, np.array([-np.sin(a), np.cos(a), 0])
+        drawn.view = np.stack([right, np.cross(-toward, right), -toward])      # rows: right, down, ahead
+        scene.mocap_pos[i, 0], field("cam_pos")[i, 0] = look_at, drawn.eye
         field("cam_fovy")[i, 0] = drawn.fovy
         ramp = (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
         curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
@@ -712,8 +716,12 @@ class VecEnv:
         return obs
 
     def landmarks(self):
-        """(N, 3, 3) float32 positions [m] of tool, named object (or handle) and goal: labels for auxiliary losses."""
-        return np.stack([self.tcp, self.object, self.goal], 1).astype(np.float32)
+        """(N, 3, 5) float32 of tool, named object (or handle) and goal: position xyz [m], and where the picture shows
+        it, from -1 left to 1 right and from -1 top to 1 bottom. Labels for auxiliary losses."""
+        xyz = np.stack([self.tcp, self.object, self.goal], 1)                               # (N, 3, 3)
+        seen = np.stack([(points - one.eye) @ one.view.T for points, one in zip(xyz, self.drawn)])
+        zoom = np.tan(np.radians([one.fovy for one in self.drawn]) / 2)[:, None, None]
+        return np.concatenate([xyz, seen[..., :2] / seen[..., 2:] / zoom], 2).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- experts

@@ -465,7 +465,7 @@ class OpenVLA(Policy):
             bicubic = lambda image: Image.fromarray(image).resize((size, size), Image.BICUBIC)
             images = resize_lanczos3(images, size) if crop else np.stack([bicubic(image) for image in images])
         images = torch.from_numpy(center_crop_90(images, size) if crop else images).to(self.device)
-        x = images.permute(0, 3, 1, 2).float() / 255
+        x = images.permute(0, 3, 1, 2).contiguous().float() / 255      # else every later copy is a strided one
         means, stds = (x.new_tensor(PIXELS[key])[:, :, None, None] for key in ("means", "stds"))
         return torch.cat([(x - mean) / std for mean, std in zip(means, stds)], 1)
 
@@ -889,12 +889,14 @@ def init_weights(policy, seed, only=""):
     adaRMS zero (the expert starts as identity); outputs N(0, 0.02): losses start where theory says; heads Kaiming."""
     generator, gemma = torch.Generator().manual_seed(seed), isinstance(policy, Pi05)
     last = [f"{head}{len(getattr(policy, head[:-1])) - 1}.weight" for head in HEADS[:1 + gemma]]
-    small = (*last, "lm_head.weight", "action_out_proj.weight", "pos_embed", "_token", "latent")
+    small = (*last, "lm_head.weight", "action_out_proj.weight", "_token", "latent")
+    place = ("pos_embed", "position_embedding.weight")   # beside patch embeddings of about 1: seen from the first step
     for key, shape in [(key, p.shape) for key, p in policy.named_parameters() if key.startswith(only)]:
         p, (module, name) = nn.Parameter(torch.zeros(shape)), key.rpartition(".")[::2]
         if len(shape) > 1 and ".dense." not in key:
             fan = shape[0] / 2 if key.startswith(HEADS) else shape[1:].numel()
-            nn.init.normal_(p, std=0.02 if key.endswith(small) else fan ** -0.5, generator=generator)
+            std = .02 if key.endswith(small) else .3 if key.endswith(place) else fan ** -0.5
+            nn.init.normal_(p, std=std, generator=generator)
         elif name != "bias" and ".dense." not in key:    # norms and LayerScale; Gemma stores w - 1
             p.fill_(0.0 if gemma and key.startswith("language_model") else 1.0)
         setattr(policy.get_submodule(module), name, p)
@@ -976,20 +978,21 @@ def set_trainable(policy, freeze):
 # ---- tiny policies ---------------------------------------------------------------------------------------------------
 WORDS = """pick up the object on table and place it into white tray put plate bowl push cube to open close drawer red
 green blue yellow orange purple pink brown black gray a of in from left right top bottom middle block can banana carrot
-bottle cup box ball spoon mug sponge apple lemon pepper bread toy goal target move""".split()
+bottle cup box ball spoon mug sponge apple lemon pepper bread toy goal target move forward away front one thing dish
+drop round slide pull shut out it must be handle""".split()
 TINY = dict(
     openvla=dict(
         model_type="openvla", architectures=["OpenVLAForActionPrediction"], n_action_bins=256, image_sizes=[64, 64],
         image_resize_strategy="resize-naive", arch_specifier="no-align+fused-gelu-mlp", pad_to_multiple_of=64,
         vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure", use_fused_vision_backbone=True,
         timm_model_ids=list(TIMM), timm_override_act_layers=[None, None],
-        tiny_timm_kwargs=dict(featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16, reg_tokens=1),
-                              fused_featurizer=dict(embed_dim=64, depth=3, num_heads=2, patch_size=16)),
+        tiny_timm_kwargs=dict(featurizer=dict(embed_dim=32, depth=2, num_heads=1, patch_size=16, reg_tokens=1),
+                              fused_featurizer=dict(embed_dim=128, depth=3, num_heads=4, patch_size=16)),
         text_config=dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2,
                          num_attention_heads=4)),
     pi05=dict(
         type="pi05", action_dim=8, action_horizon=8, max_token_len=200,
-        vision=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, image_size=64,
+        vision=dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512, image_size=64,
                     patch_size=16),
         vlm=dict(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
         expert=dict(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32)))

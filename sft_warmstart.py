@@ -55,6 +55,7 @@ DOMAINS = ("real", "sim")               # in the order of MixSampler: batch["sim
 NAMES = dict(sim="sim", real="stand-in", pretrain="pretrain")
 MUON_FACTOR = 7                         # Muon's learning rate / AdamW's: its steps have unit spectral norm
 LANDMARK_CENTRE, LANDMARK_SCALE = (.48, -.02, .10), .1             # m: what the auxiliary head's 0 and 1 mean
+PATCH_WEIGHT = .2                       # of the cross-entropy over patches (at first ln 16) against the regressions
 
 # Presets. openvla: RL4VLA's warm-up. pi05: openpi's co-training config (cosine over 30,000 steps, of which it does
 # 5,000). The tiny ones were tuned here. augment: see augment(). statistics: `base` keeps those of the checkpoint (same
@@ -127,8 +128,8 @@ def check_args(args):
     config = {} if tiny else policies.read_json(policies.find_folder(args.policy) / "config.json", {})
     kind = args.policy if tiny else "openvla" if config.get("model_type") == "openvla" else "pi05"
     tiny = tiny or "tiny_timm_kwargs" in config or config.get("vlm", {}).get("width", 2048) < 1024
-    preset = PRESETS.get(f"{kind}{'-tiny' * tiny}", PRESETS["openvla-tiny"])
-    for name, value in preset.items():
+    args.preset = f"{kind}{'-tiny' * tiny}"
+    for name, value in PRESETS.get(args.preset, PRESETS["openvla-tiny"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     checks = {
@@ -244,18 +245,21 @@ def augment(images, recipe):
 # ---- the loss ------------------------------------------------------------------------------------------------
 
 class Probe(nn.Module):
-    """Auxiliary heads: from the hidden state of the last prompt token, and from the vision features alone, to (B, 9)
-    positions of tool, object and goal. The first listens to the decoder in bc_loss's own forward pass; the second
-    cannot know which object is meant, but makes the towers see sooner."""
+    """Auxiliary heads for the labels of VecEnv.landmarks, (B, 3, 5): xyz and the place in the picture of tool, named
+    object and goal. One reads the hidden state of the last prompt token, in bc_loss's own forward pass; the other each
+    patch alone: is the landmark in here, and where? It cannot know which object is meant, but towers see sooner."""
 
     def __init__(self, policy):
         super().__init__()
         self.is_causal = isinstance(policy, policies.OpenVLA)
         decoder = policy.language_model["model"] if self.is_causal else policy.language_model
-        self.prompt = nn.Linear(policy.value_head[0].in_features, 9)
-        self.vision = nn.Linear(math.prod(policy.feature_shape), 9)
+        self.prompt = nn.Linear(policy.value_head[0].in_features, 15)
+        self.patch = nn.Linear(policy.feature_shape[1], 9)                   # logit and offset (2) of each landmark
         for p in self.parameters():
             nn.init.zeros_(p)
+        side = math.isqrt(policy.feature_shape[0])
+        at = (torch.arange(side) + .5) / side * 2 - 1                        # centres of the patches, (T, 2)
+        self.register_buffer("centres", torch.stack([at.repeat(side), at.repeat_interleave(side)], 1))
         self.hook = decoder.register_forward_hook(self.listen)             # removed after training
 
     def listen(self, module, inputs, outputs):
@@ -267,11 +271,19 @@ class Probe(nn.Module):
             self.hidden = hidden[torch.arange(len(hidden)), last]
 
     def forward(self, features, landmarks):
-        """L_aux (scalar) and the mean position error [m] of the first head; landmarks (B, 9) m."""
-        target = (landmarks - torch.tensor(LANDMARK_CENTRE * 3).to(landmarks)) / LANDMARK_SCALE
-        told, seen = self.prompt(self.hidden.float()), self.vision(features.flatten(1))
-        loss = F.smooth_l1_loss(told, target, beta=.1) + F.smooth_l1_loss(seen, target, beta=.1)
-        return loss, LANDMARK_SCALE * (told - target).detach().view(-1, 3, 3).norm(dim=2).mean()
+        """L_aux (scalar) and the mean position error [m] of the first head; landmarks (B, 3, 5)."""
+        centre = landmarks.new_tensor([*LANDMARK_CENTRE, 0, 0])
+        scale = landmarks.new_tensor([LANDMARK_SCALE] * 3 + [.3] * 2)
+        told, target = self.prompt(self.hidden.float()).view_as(landmarks), (landmarks - centre) / scale
+        loss, error = F.smooth_l1_loss(told, target, beta=.1), (told - target)[..., :3].detach() * LANDMARK_SCALE
+        features, place = features.flatten(1, -2), landmarks[:, None, :, 3:]                    # (B, T, D), (B,1,3,2)
+        told = self.patch(features).unflatten(2, (3, 3))                                        # (B, T, 3, 3)
+        away = place - self.centres[:, None]                                                    # (B, T, 3, 2)
+        nearest = away.abs().amax(3).argmin(1)                                                  # (B, 3) patches
+        pick = lambda x: x.gather(1, nearest[:, None, :, None].expand(-1, 1, -1, x.shape[3]))[:, 0]         # (B, 3, ..)
+        loss = loss + PATCH_WEIGHT * F.cross_entropy(told[..., 0], nearest)
+        loss = loss + F.smooth_l1_loss(pick(told[..., 1:]), 4 * pick(away), beta=.1)            # 1 = half a patch of 16
+        return loss, error.norm(dim=2).mean()
 
 def part_losses(policy, batch, args, probe=None, train=False):
     """Yields (domain, samples, steps that are no padding, L_SFT, L_aux, position error [m]) of micro-batches of this
@@ -288,7 +300,7 @@ def part_losses(policy, batch, args, probe=None, train=False):
             images = policy.encode_images(images) if probe else images
             texts, actions = [batch["instructions"][i] for i in part], torch.from_numpy(batch["actions"][part])
             loss = policy.bc_loss(images, texts, actions, pad, **dict(state=state) if reads_state else {})
-            aux, error = probe(images, state[:, -9:].to(loss.device)) if probe else loss.new_zeros(2)
+            aux, error = probe(images, state[:, -15:].view(-1, 3, 5).to(loss.device)) if probe else loss.new_zeros(2)
             yield domain, len(part), int((~pad).sum()), loss, aux, error
 
 def loss_and_gradients(policy, batch, args, probe=None):
@@ -332,13 +344,13 @@ def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
 
 def record_labelled(block):
     """Those of episodes first .. first + count - 1 of the pretrain domain that succeed: what write_dataset takes, with
-    landmarks (9,) appended to the state (8,)."""
+    landmarks (15,) appended to the state (8,)."""
     first, count, seed, size = block
     env = envs.VecEnv("all", "pretrain", min(4, count), seed, image_size=size, first_episode=first)
     expert, obs, done, steps = envs.Expert(env, noise=.01), env.reset(), {}, [[] for _ in range(min(4, count))]
     while any(number not in done for number in range(first, first + count)):
         executed, label = expert.act()
-        labelled = np.concatenate([obs["state"], env.landmarks().reshape(-1, 9)], 1)         # (N, 17)
+        labelled = np.concatenate([obs["state"], env.landmarks().reshape(-1, 15)], 1)        # (N, 23)
         for i, step in enumerate(steps):
             step.append((obs["images"][i].copy(), labelled[i], label[i].copy()))
         texts = obs["instructions"]
@@ -392,29 +404,6 @@ def make_policy(args, device):
         return policy
     return policies.load_policy(args.policy, device, args.dtype, lora_rank=args.lora_rank, freeze=args.freeze,
                                 gradient_checkpointing=args.gradient_checkpointing, seed=args.seed)
-
-@torch.no_grad()
-def initialise_vision(policy, images):
-    """A start that sees: patch embeddings = whitened principal components of patches, positions = 2-D sinusoids."""
-    convs, seen = {n: m for n, m in policy.named_modules() if isinstance(m, nn.Conv2d)}, {}
-    hooks = [m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0]})) for n, m in convs.items()]
-    policy.encode_images(images)
-    for hook in hooks:
-        hook.remove()
-    for name, conv in convs.items():
-        x = F.unfold(seen[name], conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1)
-        mean, size = x.mean(0), conv.out_channels                                            # x: (patches, 3 p p)
-        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))              # ascending
-        white = (vectors[:, -size:] / (values[-size:] + 1e-4 * values[-1]).sqrt()).T
-        mixed = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))[0].to(x) @ white
-        conv.weight.copy_(mixed.view_as(conv.weight)), conv.bias.copy_(-(mixed @ mean))
-    for name, p in policy.named_parameters():
-        if name.endswith(("pos_embed", "position_embedding.weight")):                        # (.., T, D)
-            side, quarter = math.isqrt(p.shape[-2]), p.shape[-1] // 4
-            angle = torch.outer((torch.arange(side) + .5) / side, math.pi * torch.linspace(.5, side, quarter))
-            wave = torch.cat([angle.sin(), angle.cos()], 1)                                  # (side, D/2)
-            both = torch.cat([wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)], 2)
-            p.copy_(.7 * both.reshape(p.shape))
 
 # ---- training ------------------------------------------------------------------------------------------------
 
@@ -535,9 +524,6 @@ def train(args, policy, rank, world, out):
     if args.statistics == "data" and not args.pretrain:
         stats = real_data.policy_statistics(list(sets.values()), "demos")[1]["norm_stats"]
         policy.set_statistics("demos", dict(action=stats["actions"], state=stats["state"]))
-    if args.pretrain:
-        some = np.random.default_rng(0).permutation(len(sets["sim"]))[:500]
-        initialise_vision(policy, torch.from_numpy(sets["sim"].batch(some)["images"]))
     probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
     alpha = 1. if args.pretrain else args.sim_ratio
     sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), alpha, args.batch, args.seed, rank, world)
