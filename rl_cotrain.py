@@ -54,13 +54,16 @@ RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=2e-2)                # of the firs
 # openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here.
 PRESETS = {
     "openvla": dict(num_envs=64, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4, value_lr=3e-3,
-                    beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.),
+                    beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
+                    critic_warmup=0),
     "pi05": dict(num_envs=128, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6, value_lr=2e-4,
-                 beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0.),
+                 beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0., critic_warmup=0),
     "openvla-tiny": dict(num_envs=64, minibatch=256, micro_batch=256, real_batch=64, epochs=2, lr=2e-4, value_lr=1e-3,
-                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50, target_kl=.1),
+                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50, target_kl=.1,
+                         critic_warmup=2),
     "pi05-tiny": dict(num_envs=128, minibatch=256, micro_batch=256, real_batch=64, epochs=2, lr=2e-4, value_lr=1e-3,
-                      beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50, target_kl=.1)}
+                      beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50, target_kl=.1,
+                      critic_warmup=2)}
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -78,7 +81,6 @@ def parse(argv=None):
     add("--clip", type=float, default=.2, help="epsilon of PPO's ratio, > 0")
     add("--value-clip", type=float, default=.2, help="how far a value may move from the rollout's; 0 = any")
     add("--value-weight", type=float, default=1., help="of the value loss, >= 0")
-    add("--critic-warmup", type=int, default=0, help="iterations in which only the value head learns")
     add("--out", help="folder of this run; default runs/rl-POLICY-TASK-lambdaL-seedS")
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all other flags must be as they were")
     add("--save-every", type=int, default=10, help="iterations between resume.pt; 0 = only at the end")
@@ -100,12 +102,14 @@ def parse(argv=None):
         group.add_argument("--" + flag, type=kind, help=text)
     group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
     for flag, kind, text in (
-            ("num-envs", int, "environments over all ranks, a multiple of their number"),
+            ("num-envs", int, "environments over all ranks, each has the same number of them"),
             ("minibatch", int, "decisions per optimizer step over all ranks, about: an iteration is cut evenly"),
             ("micro-batch", int, "decisions per forward pass of a rank; gradients accumulate"),
             ("real-batch", int, "real samples per optimizer step over all ranks"),
             ("epochs", int, "passes over an iteration's decisions"), ("lr", float, "learning rate, > 0"),
-            ("value-lr", float, "of the value head, > 0"), ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"),
+            ("value-lr", float, "of the value head, > 0"),
+            ("critic-warmup", int, "iterations in which only the value head learns"),
+            ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"),
             ("clip-norm", float, "norm to which gradients are cut; 0 = never"),
             ("entropy", float, "weight of the entropy bonus, >= 0; 0 = none"),
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
@@ -383,9 +387,10 @@ def success_rates(args, policy, episodes, rank, world, label, frames=0):
     results, blocks = {}, range(rank, math.ceil(episodes / BLOCK), world)
     for domain in ("sim", "real") if episodes else ():
         for task in envs.TASKS if args.task == "all" else [args.task]:
-            parts = [evaluate.evaluate(policy, task, domain, episodes, num_envs=BLOCK, blocks=blocks, frames=frames)] * world
+            own = evaluate.evaluate(policy, task, domain, episodes, num_envs=BLOCK, blocks=blocks, frames=frames)
+            parts = [own] * world
             if world > 1:
-                dist.all_gather_object(parts, parts[0])
+                dist.all_gather_object(parts, own)
             each = results[f"{NAMES[domain]}/{task}"] = sorted(sum(parts, []), key=lambda one: one["episode"])
             if rank == 0:
                 row = evaluate.summary(each)
@@ -398,7 +403,8 @@ def start_policy(args, rank, world, device):
     source, fresh = {"base": args.checkpoint or args.policy}.get(args.init, args.init), args.init == "base"
     if args.init == "sft":
         source = pathlib.Path(args.sft.out, "policy")
-        if args.stage_one:
+        if args.stage_one:                   # what an interrupted Stage I left is gone on with
+            args.sft.resume = pathlib.Path(args.sft.out, "resume.pt").exists()
             sft_warmstart.work(args.sft, rank, world, device)
         if world > 1:
             dist.barrier()
@@ -417,10 +423,10 @@ def iterate(args, learner, env, steps, frozen):
     logs, now = learner.update(data), time.perf_counter
     sums = all_sum(torch.tensor([float(x) for x in seen.values()], dtype=torch.float64, device=policy.device))
     seen, spent = dict(zip(seen, sums.tolist())), now() - start
-    chunk = policy.settings.get("chunk", 1)
-    return logs | dict(success=seen["successes"] / max(1, seen["episodes"]), reward=seen["reward"] / args.num_envs,
+    total = env.num_envs * world             # environments over all ranks
+    return logs | dict(success=seen["successes"] / max(1, seen["episodes"]), reward=seen["reward"] / total,
                        act_s=seen["act"] / world, env_s=seen["env"] / world, update_s=now() - middle,
-                       env_steps_per_s=args.num_envs * steps * chunk / spent)
+                       env_steps_per_s=total * steps * policy.settings.get("chunk", 1) / spent)
 
 def work(args, rank, world, device):
     """What each rank does: Stage I if need be, evaluation, the loop of Stage II, evaluation."""
@@ -430,7 +436,7 @@ def work(args, rank, world, device):
         return
     real, held_out = real_batches(args, policy, rank, world)
     frozen = not any(p.requires_grad for name, p in policy.named_parameters() if name.startswith(policy.vision))
-    env = envs.VecEnv(args.task, "sim", args.num_envs // world, RL_SEED + args.seed, policy.image_size,
+    env = envs.VecEnv(args.task, "sim", max(1, args.num_envs // world), RL_SEED + args.seed, policy.image_size,
                       episode_stride=world)
     horizon = max(task.horizon for name, task in envs.TASKS.items() if args.task in (name, "all"))
     steps = args.steps or math.ceil(horizon / policy.settings.get("chunk", 1))
@@ -536,11 +542,12 @@ def co_train(args):
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{known_stage(args)}, then {known_anchor(args)}: {args.checkpoint or args.policy}, {args.task} -> {out}", flush=True)
+        print(f"{known_stage(args)}, then {known_anchor(args)}: {args.checkpoint or args.policy}, {args.task} -> {out}")
         (out / "args.json").write_text(json.dumps(vars(args) | dict(command=sys.argv, sft=vars(args.sft)), indent=1))
-    before = (out / "policy").exists() and (out / "policy").stat().st_ino      # of an earlier run into the same folder
+    inode = lambda: (out / "policy").exists() and (out / "policy").stat().st_ino
+    before = inode()                         # of an earlier run into the same folder
     launch(work, args)
-    return out / "policy" if (out / "policy").exists() and (out / "policy").stat().st_ino != before else None
+    return out / "policy" if inode() not in (False, before) else None
 
 def main():
     try:

@@ -1,6 +1,6 @@
 """Everything that is asserted about this project.       python -m pytest test_all.py
 
-Groups: envs, policies, real_data, architecture. Oracles, invariants, learning thresholds, and mutants: a formula is broken
+Groups: one per file, architecture. Oracles, invariants, learning thresholds, and mutants: a formula is broken
 on purpose and a test must notice. Tests against reference arrays computed with the official models need the environment
 variable REFERENCE_FIXTURES (a folder) and are skipped without it."""
 import ast
@@ -10,6 +10,7 @@ import errno
 import gc
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ import warnings
 from pathlib import Path
 
 import envs                                           # first: it chooses the OpenGL backend before mujoco is imported
+import imageio.v2 as imageio
 import imageio_ffmpeg
 import mujoco
 import numpy as np
@@ -38,8 +40,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+import evaluate
 import policies
 import real_data
+import rl_cotrain
 import sft_warmstart
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -568,10 +572,23 @@ def test_landmarks_and_state_are_measured():
     env = envs.VecEnv("open-drawer", num_envs=2, image_size=0)
     obs = env.reset()
     marks = env.landmarks()
-    assert marks.shape == (2, 3, 3) and marks.dtype == np.float32
-    assert obs["state"][:, :3] == pytest.approx(marks[:, 0]) and obs["state"][:, 3] == pytest.approx(np.full(2, np.pi), abs=.1)
+    assert marks.shape == (2, 3, 5) and marks.dtype == np.float32
+    assert obs["state"][:, :3] == pytest.approx(marks[:, 0, :3]) and obs["state"][:, 3] == pytest.approx(np.full(2, np.pi), abs=.1)
     assert marks[:, 2, 1] - marks[:, 1, 1] == pytest.approx([drawn.stroke for drawn in env.drawn])    # the open handle
     assert obs["state"][:, 6] == pytest.approx(np.full(2, .08), abs=1e-6)
+
+
+def test_landmarks_in_the_picture_are_where_mujoco_draws_them():
+    env = envs.VecEnv("all", "pretrain", num_envs=6, image_size=64)
+    env.reset()
+    for i, marks in enumerate(env.landmarks()):
+        scene = env.scenes[env.scene_of[i]]
+        model, data = scene.models[i], scene.batch.get_data(i, scene.data)
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_camlight(model, data)
+        seen = (marks[:, :3] - data.cam_xpos[0]) @ data.cam_xmat[0].reshape(3, 3)        # x right, y up, z towards us
+        zoom = np.tan(np.radians(model.cam_fovy[0]) / 2)
+        assert marks[:, 3:] == pytest.approx(np.stack([seen[:, 0], -seen[:, 1]], 1) / -seen[:, 2:] / zoom, abs=1e-4)
 
 
 def test_demonstrators():
@@ -2686,6 +2703,7 @@ def test_sft_pretraining_labels_and_dropped_head(tmp_path, monkeypatch):
     env = envs.VecEnv("all", "pretrain", 3, 5, image_size=64)
     assert (images[0] == env.reset()["images"][number]).all()
     assert np.allclose(labelled[0, 8:], env.landmarks()[number].ravel()) and np.allclose(labelled[:, :3], labelled[:, 8:11])
+    assert labelled.shape[1] == 23
     for name in ("openvla", "pi05"):
         policy = policies.make_tiny(name)
         probe, batch, texts = sft_warmstart.Probe(policy), sft_batch(policy, [1] * 3), ["open it", "pick the red one up now", "a"]
@@ -2697,6 +2715,16 @@ def test_sft_pretraining_labels_and_dropped_head(tmp_path, monkeypatch):
             expected = torch.cat([policy.observe(batch["images"][i:i + 1], [text], None, None)[0][:, -1]
                                   for i, text in enumerate(texts)])
         assert torch.allclose(heard, expected, atol=1e-4)
+        features, place = torch.zeros(3, *policy.feature_shape), torch.tensor([[-.75, -.75], [.7, -.8], [.2, .9]])
+        features[:, 3, 0] = 1.                                 # a feature that only the upper right patch has
+        landmarks = torch.cat([torch.zeros(3, 3, 3), place.expand(3, 3, 2)], 2)
+        policy.bc_loss(batch["images"], texts, batch["actions"])
+        with torch.no_grad():
+            before = probe(features, landmarks)[0]
+            probe.patch.weight[3, 0], probe.patch.weight[[4, 5], 0] = 9, 4 * torch.tensor([-.05, -.05])
+            right = probe(features, landmarks)[0]
+            probe.patch.weight[0, 0] = 9                       # the first landmark is not in there
+            assert right < before < probe(features, landmarks)[0]
     args = sft_warmstart.parse(["--pretrain", "--policy", "openvla", "--demos", str(tmp_path), "--pretrain-episodes", "4",
                                 "--out", str(tmp_path / "base"), "--steps", "30", "--warmup", "5", "--batch", "16", "--eval-episodes", "1",
                                 "--half", "--ranks", "1", "--device", "cpu"])
@@ -2747,6 +2775,783 @@ def test_sft_evaluation_scenes_do_not_depend_on_ranks():
                                       ("episode_stride=world", "episode_stride=1")])
 def test_sft_mutants_of_evaluation_die(monkeypatch, old, new):
     assert_mutant_dies(monkeypatch, sft_warmstart, sft_warmstart, "run_episodes", old, new, sft_check_scenes)  # noqa: F821
+
+
+# ---------------------------------------------------------------------------------------------------- rl_cotrain
+
+RL_TEXT = "open the drawer"
+
+
+@pytest.fixture(scope="module")
+def rl_starts(tmp_path_factory):
+    """Checkpoint folders with random weights and the controller's action range."""
+    folder, limit = tmp_path_factory.mktemp("rl_starts"), envs.ACTION_LIMIT
+    for name in ("openvla", "pi05"):
+        policy = policies.make_tiny(name)
+        policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
+        policy.save(folder / name)
+    return folder
+
+
+def rl_args(start, out, *extra, policy="openvla"):
+    return rl_cotrain.parse(["--policy", policy, "--init", str(start), "--out", str(out), "--ranks", "1", "--device", "cpu",
+                             "--eval-episodes", "0", "--num-envs", "4", "--steps", "3", "--minibatch", "6", "--real-batch", "4",
+                             "--iterations", "2", "--save-every", "0", "--critic-warmup", "0", *extra])
+
+
+def rl_flags(demos):
+    return "--real-data", str(demos / "real")
+
+
+def rl_data(policy, n, seed=0):
+    """A rollout's data from random pictures, with random rewards."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    images = torch.from_numpy(rng.integers(0, 256, (n, 64, 64, 3), np.uint8))
+    decision = policy.act(images, [RL_TEXT] * n, generator=generator)
+    advantage = torch.from_numpy(rng.normal(size=n)).float()
+    return dict(images=images, instructions=[RL_TEXT] * n, trace=decision.trace, logp=decision.logp, value=decision.value,
+                advantage=advantage, target=decision.value + torch.from_numpy(rng.normal(size=n)).float())
+
+
+def rl_settings(**changed):
+    return types.SimpleNamespace(**{**dict(
+        clip=.2, value_clip=.2, value_weight=1., entropy=.01, lambda_real=.3, micro_batch=5, minibatch=8, epochs=1, gamma=.9,
+        gae_lambda=.8, seed=0, critic_warmup=0, clip_norm=0., target_kl=0., dtype="float32", lr=1e-3, value_lr=1e-3, beta2=.95,
+        sft=types.SimpleNamespace(augment="none", micro_batch=64, aux_weight=0)), **changed})
+
+
+def rl_grads(policy):
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def rl_check_gradient(name="openvla"):
+    """p.grad = grad L_PPO + lambda grad L_SFT(real), term for term, from formulas written out here; linear in lambda."""
+    policy, args = policies.make_tiny(name), rl_settings()
+    data, batch = rl_data(policy, 8), sft_batch(policy, [0] * 6)
+    data["logp"] = data["logp"] + torch.linspace(-.5, .5, 8)               # some ratios are clipped, some are not
+    data["value"] = data["value"] + torch.linspace(.7, -.7, 8)             # and values
+    torch.manual_seed(5)
+    logs = rl_cotrain.gradients(policy, data, torch.arange(8), iter([batch]), args)
+    got = rl_grads(policy)
+    logp, entropy, value = policy.evaluate(data["images"], data["instructions"], data["trace"])
+    r, a, v, target = (logp - data["logp"]).exp(), data["advantage"], data["value"], data["target"]
+    surrogate = torch.where(a > 0, torch.where(r < 1.2, r, 1.2 * torch.ones(8)), torch.where(r > .8, r, .8 * torch.ones(8))) * a
+    near = lambda x: torch.where((x - target).abs() < 10, .5 * (x - target) ** 2, 10 * (x - target).abs() - 50)
+    worst = torch.maximum(near(value), near(v + torch.clip(value - v, -.2, .2)))
+    ppo = -surrogate.mean() + worst.mean() - .01 * entropy.mean()
+    torch.manual_seed(5)
+    real = policy.bc_loss(batch["images"], batch["instructions"], batch["actions"], torch.from_numpy(batch["pad"]))
+    named = [(n, p) for n, p in policy.named_parameters()]
+    parts = [torch.autograd.grad(x, [p for _, p in named], allow_unused=True) for x in (ppo, real)]
+    zero = lambda g, p: torch.zeros_like(p) if g is None else g
+    size, apart = 0, 0
+    for (n, p), g_ppo, g_real in zip(named, *parts):
+        expected = zero(g_ppo, p) + .3 * zero(g_real, p)
+        assert torch.allclose(got[n], expected, rtol=1e-4, atol=1e-6), n
+        size, apart = size + expected.norm() ** 2, apart + (.3 * zero(g_real, p)).norm() ** 2
+    assert apart > 1e-4 * size, "the anchor is seen in the gradient"
+    norms = [math.sqrt(sum(zero(g, p).norm() ** 2 for (_, p), g in zip(named, part))) for part in parts]
+    dot = sum((zero(g, p) * zero(h, p)).sum() for (_, p), g, h in zip(named, *parts)).item()
+    assert logs["grad_rl"] == pytest.approx(norms[0], rel=1e-3) and logs["grad_real"] == pytest.approx(norms[1], rel=1e-3)
+    assert logs["cosine"] == pytest.approx(dot / norms[0] / norms[1], abs=1e-3)
+    assert logs["real"] == pytest.approx(real.item(), rel=1e-4)
+    assert logs["ppo"] == pytest.approx(-surrogate.mean().item(), abs=1e-5)
+    assert logs["value"] == pytest.approx(worst.mean().item(), rel=1e-4)
+    assert logs["clipped"] == pytest.approx(((r - 1).abs() > .2).float().mean().item())
+    log_ratio = r.log()
+    assert logs["kl"] == pytest.approx((r - 1 - log_ratio).mean().item(), rel=1e-3)
+    rl_cotrain.gradients(policy, data, torch.arange(8), None, args)        # lambda = 0: no real batches
+    alone = rl_grads(policy)
+    for (n, p), g_ppo in zip(named, parts[0]):
+        assert torch.allclose(alone.get(n, torch.zeros_like(p)), zero(g_ppo, p), rtol=1e-4, atol=1e-6), n
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_rl_gradient_is_linear_in_lambda(name):
+    rl_check_gradient(name)
+
+
+def rl_check_gae():
+    """Against the double sum A_t = sum_l (gamma lambda)^l delta_t+l, cut at the ends of episodes."""
+    rng = np.random.default_rng(0)
+    rewards, values, following = rng.normal(size=(3, 13, 5))
+    terminated, truncated = rng.random((2, 13, 5)) < .15
+    ended = terminated | truncated
+    following = np.where(terminated & ~truncated, 0, following)            # a success has no future
+    delta, expected = rewards + .9 * following - values, np.zeros((13, 5))
+    for n in range(5):
+        for t in range(13):
+            for k in range(t, 13):
+                expected[t, n] += (.9 * .7) ** (k - t) * delta[k, n]
+                if ended[k, n]:
+                    break
+    tensors = [torch.from_numpy(x) for x in (rewards, values, following, ended)]
+    advantages, targets = rl_cotrain.gae(*tensors, .9, .7)
+    assert np.allclose(advantages, expected) and np.allclose(targets, expected + values)
+
+
+def test_rl_gae_is_the_double_sum():
+    rl_check_gae()
+
+
+class RlToy:
+    """Two steps an episode. Success: the first number of the action is positive, decided by the first step. Odd
+    environments never terminate: they run into the time limit."""
+    num_envs = 16
+
+    def __init__(self, seed=0):
+        self.images = np.random.default_rng(seed).integers(0, 256, (2 * self.num_envs, 64, 64, 3), np.uint8)
+
+    def observe(self, rows, shift=0):
+        return dict(images=self.images[np.asarray(rows) + shift], instructions=[RL_TEXT] * len(rows),
+                    state=np.zeros((len(rows), 8), np.float32))
+
+    def reset(self):
+        self.steps = np.zeros(self.num_envs, int)
+        return self.observe(np.arange(self.num_envs))
+
+    def step(self, actions):
+        right, odd = actions[:, 0, 0] > 0, np.arange(self.num_envs) % 2 > 0
+        self.steps += 1
+        over = self.steps >= 2
+        terminated, truncated, ended = over & ~odd, over & odd, np.flatnonzero(over)
+        self.steps[over] = 0
+        info = dict(ended=ended, success=right, final_obs=self.observe(ended, self.num_envs) if len(ended) else None)
+        return self.observe(np.arange(self.num_envs)), right.astype(np.float32), terminated, truncated, info
+
+
+def rl_check_rollout():
+    """next_values: V of the next observation; of the final one at a time limit; 0 after a termination."""
+    policy, env = policies.make_tiny("openvla"), RlToy()
+    torch.nn.init.normal_(policy.value_head[-1].weight)                    # so that observations differ in value
+    data, log = rl_cotrain.rollout(policy, env, 4, torch.Generator().manual_seed(0), True)
+    with torch.no_grad():
+        value = lambda rows: policy.value_head(policy.prompt_hidden(env.images[rows], [RL_TEXT] * len(rows)))[:, 0]
+        first, final = value(np.arange(16)), value(np.arange(16, 32))
+    odd = torch.arange(16) % 2 > 0
+    assert first.std() > .01 and (first - final).abs().min() > 1e-4
+    ends = torch.where(odd, final, torch.zeros(16))
+    assert torch.allclose(data["values"], first.expand(4, 16), atol=1e-5)
+    assert torch.allclose(data["next_values"], torch.stack([first, ends, first, ends]), atol=1e-5)
+    assert data["ended"].tolist() == [[False] * 16, [True] * 16] * 2
+    assert log["episodes"] == 16 and 0 <= log["successes"] <= 16 and log["reward"] == data["rewards"].sum()
+    assert torch.allclose(data["logp"], policy.evaluate(**rl_cotrain.take(data, torch.arange(64)))[0], atol=1e-4)
+    return data
+
+
+def test_rl_rollout_bootstraps_time_limits_only():
+    rl_check_rollout()
+
+
+def rl_learner(policy, **changed):
+    return rl_cotrain.Learner(rl_settings(**changed), policy, None, 0, 1)
+
+
+def rl_check_climbs():
+    """PPO on a toy: from a coin's 50 % to above 75 %; the six numbers of the action that do not matter are noise."""
+    policy = policies.make_tiny("openvla")
+    policies.set_trainable(policy, "vision")
+    settings = dict(lr=3e-3, minibatch=16, epochs=2, micro_batch=64, clip_norm=1., entropy=0., value_weight=.1)
+    learner, env, rates = rl_learner(policy, **settings), RlToy(), []
+    for i in range(16):
+        data, log = rl_cotrain.rollout(policy, env, 4, torch.Generator().manual_seed(i), True)
+        rates.append(data["rewards"].mean().item())
+        learner.update(data)
+        learner.iteration += 1
+    assert np.mean(rates[:2]) < .65 and np.mean(rates[-4:]) > .75, rates
+
+
+def test_rl_ppo_climbs_on_a_toy():
+    rl_check_climbs()
+
+
+def rl_check_ratio(stale=False):
+    policy, learner = policies.make_tiny("openvla"), None
+    learner = rl_learner(policy, minibatch=32, micro_batch=64)
+    data, _ = rl_cotrain.rollout(policy, RlToy(), 4, torch.Generator().manual_seed(0), False)
+    if stale:
+        with torch.no_grad():
+            policy.language_model["lm_head"].weight.mul_(1.5)
+    logs = learner.update(data)
+    assert logs["updates"] == 2 and logs["worst"] < 1e-3
+    assert data["advantage"].mean().abs() < 1e-4 and data["advantage"].std() == pytest.approx(1, abs=.02)
+
+
+def test_rl_first_ratio_is_one_or_the_run_stops():
+    rl_check_ratio()
+    with pytest.raises(RuntimeError, match="first ratio after a rollout is off by .*act and evaluate disagree"):
+        rl_check_ratio(stale=True)
+
+
+def test_rl_features_of_frozen_towers_are_computed_once(monkeypatch):
+    policy, seen = policies.make_tiny("openvla"), []
+    policies.set_trainable(policy, "vision")
+    encode = policy.encode_images
+    monkeypatch.setattr(policy, "encode_images", lambda images: seen.append(len(images)) or encode(images))
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    learner = rl_learner(policy, epochs=3, minibatch=16, micro_batch=64)
+    data, _ = rl_cotrain.rollout(policy, RlToy(), 2, torch.Generator().manual_seed(0), True)
+    assert data["images"].shape == (32, *policy.feature_shape)
+    assert sum(seen) == 16 * 2 + 16 + 8, "each decision, what follows the last one, final observations at time limits"
+    learner.update(data)
+    assert sum(seen) == 56, "epochs reuse them"
+    changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and not any(name.startswith("vision_backbone") for name in changed)
+    assert {"value_head.0.weight", "language_model.model.layers.0.mlp.up_proj.weight"} <= changed
+
+
+def test_rl_critic_warm_up_moves_the_value_head_only():
+    policy = policies.make_tiny("openvla")
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    learner = rl_learner(policy, critic_warmup=1, micro_batch=64)
+    for expected in (True, False):
+        data, _ = rl_cotrain.rollout(policy, RlToy(), 2, torch.Generator().manual_seed(0), False)
+        learner.update(data)
+        learner.iteration += 1
+        changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+        assert changed and all(name.startswith("value_head") for name in changed) == expected
+
+
+def test_rl_target_kl_ends_an_iterations_updates():
+    counts = []
+    for target in (0., 1e-7):
+        policy = policies.make_tiny("openvla")
+        data, _ = rl_cotrain.rollout(policy, RlToy(), 2, torch.Generator().manual_seed(0), False)
+        counts.append(rl_learner(policy, target_kl=target, epochs=4, micro_batch=64).update(data)["updates"])
+    assert counts == [16, 4], "after the first epoch"
+
+
+def test_rl_not_finite_steps_are_skipped_then_stop():
+    policy = policies.make_tiny("openvla")
+    learner, before = rl_learner(policy), [p.clone() for p in policy.parameters()]
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(4):
+        learner.step(dict(ppo=math.nan))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())) and learner.skipped == 4
+    learner.step(dict(ppo=1.))
+    assert learner.skipped == 0 and not torch.equal(before[0], next(policy.parameters()))
+    with pytest.raises(RuntimeError, match="not finite 5 times in a row"):
+        for _ in range(5):
+            learner.step(dict(ppo=math.inf))
+
+
+def rl_check_resume(starts, demos, folder, name="openvla"):
+    """2 iterations = 1 + resume + 1, bit for bit, real batches included."""
+    flags = [*rl_flags(demos), "--watch-real"]
+    whole = rl_args(starts / name, folder / "whole", *flags, policy=name)
+    rl_cotrain.co_train(whole)
+    rl_cotrain.co_train(rl_args(starts / name, folder / "half", *flags, "--iterations", "1", policy=name))
+    rl_cotrain.co_train(rl_args(starts / name, folder / "half", *flags, "--resume", policy=name))
+    a, b = (torch.load(folder / each / "resume.pt", weights_only=True) for each in ("whole", "half"))
+    assert a["iteration"] == b["iteration"] == 2 and a["real"] == b["real"] and a["real"]["step"] > 0
+    assert a["weights"].keys() == b["weights"].keys()
+    assert all(torch.equal(x, b["weights"][key]) for key, x in a["weights"].items())
+    rows = [[{key: x for key, x in row.items() if not key.endswith("_s") and key != "held_out/real"}
+             for row in sft_metrics(folder / each)] for each in ("whole", "half")]
+    assert [row["step"] for row in rows[0]] == [1, 2] and rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_rl_resume_equals_uninterrupted(rl_starts, sft_demos, tmp_path, name):
+    rl_check_resume(rl_starts, sft_demos, tmp_path, name)
+    with pytest.raises(ValueError, match="another run: --lr was 0.0002, is 0.1"):
+        rl_cotrain.co_train(rl_args(rl_starts / name, tmp_path / "half", *rl_flags(sft_demos), "--watch-real", "--lr", ".1",
+                                    "--resume", policy=name))
+
+
+RL_RANKS = """
+import sys; import test_all, rl_cotrain, sft_warmstart, policies, real_data, torch
+def job(args, rank, world, device):
+    policy = policies.make_tiny("openvla")
+    data = test_all.rl_data(policy, 8)
+    demos = real_data.open_dataset(sys.argv[1], 64, 1)
+    real = real_data.MixSampler(None, demos, 0., 6, 1, rank, world)
+    logs = rl_cotrain.gradients(policy, data, torch.arange(rank, 8, world), real, test_all.rl_settings())
+    if rank == 0:
+        torch.save([logs, [p.grad for p in policy.parameters()]], f"{sys.argv[2]}/{world}.pt")
+if __name__ == "__main__":
+    for ranks in (1, 2):
+        sft_warmstart.launch(job, test_all.types.SimpleNamespace(device="cpu", ranks=ranks))
+"""
+
+
+def test_rl_two_ranks_give_the_gradient_of_one(sft_demos, tmp_path):
+    (tmp_path / "ranks.py").write_text(RL_RANKS)
+    run = subprocess.run([sys.executable, str(tmp_path / "ranks.py"), str(sft_demos / "real"), str(tmp_path)],
+                         env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (one, single), (two, double) = (torch.load(tmp_path / f"{ranks}.pt", weights_only=False) for ranks in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(single, double))
+    assert max(g.abs().max() for g in single) > 1e-3
+
+
+def test_rl_lambda_0_never_opens_the_real_data(rl_starts, sft_demos, tmp_path):
+    start, missing = rl_starts / "openvla", ["--real-data", "/nowhere/at/all"]
+    assert rl_cotrain.co_train(rl_args(start, tmp_path, "--lambda-real", "0", *missing)) == tmp_path / "policy"
+    assert all("real" not in row for row in sft_metrics(tmp_path)) and (tmp_path / "curves.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="/nowhere/at/all"):
+        rl_cotrain.co_train(rl_args(start, tmp_path / "b", *missing))
+
+
+def test_rl_signals_leave_a_checkpoint(rl_starts, sft_demos, tmp_path):
+    flags = ["--init", str(rl_starts / "openvla"), *rl_flags(sft_demos), "--device", "cpu", "--eval-episodes", "0", "--num-envs",
+             "4", "--steps", "3", "--minibatch", "6", "--real-batch", "4", "--iterations", "999", "--save-every", "1"]
+    for ranks, number in (("2", signal.SIGINT), ("1", signal.SIGKILL)):
+        out = tmp_path / ranks
+        run = subprocess.Popen([sys.executable, str(HERE / "rl_cotrain.py"), *flags, "--ranks", ranks, "--out", str(out)],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        while not (out / "resume.pt").exists() or len(sft_metrics(out)) < 2:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(.05)
+        run.send_signal(number)
+        assert run.wait(60) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        assert ("--resume" in run.stderr.read()) == (number == signal.SIGINT)
+        state, rows = torch.load(out / "resume.pt", weights_only=True), sft_metrics(out)
+        assert 1 <= state["iteration"] <= rows[-1]["step"] and not (out / "policy").exists()
+
+
+def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
+    """Demonstrations, Stage I, Stage II, evaluation, table, curves, videos, checkpoint; a second run finds Stage I."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--policy", "pi05", "--task", "close-drawer", "--sim-episodes", "2", "--real-episodes", "2", "--sft-steps", "2",
+             "--iterations", "1", "--num-envs", "2", "--steps", "2", "--minibatch", "4", "--real-batch", "4", "--ranks", "1",
+             "--eval-episodes", "2", "--demos", "demos", "--device", "cpu"]
+    out = rl_cotrain.co_train(rl_cotrain.parse(flags)).parent
+    assert out == pathlib.Path("runs/rl-pi05-close-drawer-lambda0.1-seed0")
+    result = json.loads((out / "result.json").read_text())
+    assert [(row["domain"], row["n"]) for row in result["rows"]] == [("sim", 2), ("sim", 2), ("stand-in", 2), ("stand-in", 2)]
+    assert all(0 <= row["low"] <= row["success"] <= row["high"] <= 1 for row in result["rows"])
+    assert set(result["paired"]) == {"sim/close-drawer", "stand-in/close-drawer"}
+    assert list(out.glob("videos/*/*.mp4")) and (out / "curves.png").exists()
+    assert type(policies.load_policy(str(out / "policy"))).__name__ == "Pi05"
+    text = capsys.readouterr().out
+    assert "SFT co-training, then RL-Co, lambda 0.1" in text and "stand-in" in text and "95 % interval" in text
+    before = os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime
+    rl_cotrain.co_train(rl_cotrain.parse([*flags, "--lambda-real", "0", "--eval-episodes", "0"]))
+    assert os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime == before
+    assert "RL in simulation alone" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds another Stage I: --steps 2 there, 3 here"):
+        rl_cotrain.co_train(rl_cotrain.parse([*flags, "--sft-steps", "3"]))
+
+
+def test_rl_bad_flags_are_listed_together():
+    with pytest.raises(ValueError) as error:
+        rl_cotrain.parse(["--lambda-real", "-1", "--gamma", "2", "--epochs", "0", "--init", "/nowhere", "--resume"])
+    for text in ("--lambda-real -1", "--gamma 2", "--epochs", "--init /nowhere", "--resume: no "):
+        assert text in str(error.value)
+    presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
+    assert [args.freeze for args in presets] == ["vision"] * 2 and presets[0].dtype == "float32"
+    assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
+
+
+RL_MUTANTS = [
+    ("ppo_loss", "-torch.min(", "torch.min(", rl_check_gradient, "sign of the objective"),
+    ("ppo_loss", "-torch.min(", "-torch.max(", rl_check_gradient, "the optimistic bound"),
+    ("ppo_loss", "torch.max(error", "torch.min(error", rl_check_gradient, "clipped values"),
+    ("ppo_loss", "- args.entropy", "+ args.entropy", rl_check_gradient, "sign of the entropy"),
+    ("gradients", "alpha=args.lambda_real", "alpha=0.", rl_check_gradient, "lambda dropped: the published code's defect"),
+    ("gradients", "alpha=args.lambda_real", "alpha=1.", rl_check_gradient, "lambda ignored"),
+    ("gradients", "(share * loss).backward()", "loss.backward()", rl_check_gradient, "micro-batches not weighted"),
+    ("gae", "* ~ended[t] * last", "* last", rl_check_gae, "the mask between episodes"),
+    ("gae", "gamma * gae_lambda", "gae_lambda", rl_check_gae, "discount in the trace"),
+    ("gae", "- values[t]", "+ values[t]", rl_check_gae, "sign of the baseline"),
+    ("rollout", "if truncated[i]]", "]", rl_check_rollout, "a success is bootstrapped, too"),
+    ("rollout", "torch.where(ended, futures, following)", "following", rl_check_rollout, "the next episode's value"),
+    ("rollout", "logp=torch.cat([each.logp for each in decisions])", "logp=torch.cat([each.logp - .1 for each in decisions])",
+     rl_check_ratio, "log-probs that are not the policy's")]
+
+
+@pytest.mark.parametrize("name, old, new, oracle, what", RL_MUTANTS, ids=[row[4] for row in RL_MUTANTS])
+def test_rl_mutants_die(monkeypatch, name, old, new, oracle, what):
+    assert_mutant_dies(monkeypatch, rl_cotrain, rl_cotrain, name, old, new, oracle)
+
+
+def test_rl_mutant_of_the_advantage_dies(monkeypatch):
+    """Descending instead of climbing: seen by the toy."""
+    assert_mutant_dies(monkeypatch, rl_cotrain, rl_cotrain, "ppo_loss", 'log_ratio.exp(), old["advantage"]',
+                       'log_ratio.exp(), -old["advantage"]', rl_check_climbs)
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate
+
+class EvaluateStub:
+    """What evaluate() needs of a policy; act() calls rule(stub, images) -> (n, K, 7)."""
+    image_size, device = 16, torch.device("cpu")
+
+    def __init__(self, rule=None, chunk=1, **settings):
+        self.settings, self.calls, self.noise = settings, [], []
+        self.rule = rule or (lambda stub, images: np.zeros((len(images), chunk, 7)))
+
+    def act(self, images, instructions, deterministic=False, generator=None, **extra):
+        self.calls.append(types.SimpleNamespace(images=images, instructions=instructions, deterministic=deterministic,
+                                                extra=extra, settings=dict(self.settings)))
+        assert len(images) == len(instructions) and images.dtype == np.uint8
+        self.noise.append(torch.rand(len(images), generator=generator).tolist())
+        return types.SimpleNamespace(actions=torch.as_tensor(self.rule(self, images), dtype=torch.float32))
+
+@pytest.fixture
+def evaluate_spy(monkeypatch):
+    """Remembers the environments that evaluate() makes."""
+    made, original = [], envs.VecEnv
+    monkeypatch.setattr(envs, "VecEnv", lambda *args, **options: made.append(original(*args, **options)) or made[-1])
+    return made
+
+def evaluate_episode(k, success, steps=10, touched=True, failure=False):
+    return dict(episode=k, success=success, steps=steps, touched=touched, failure=failure, diverged=False,
+                closest_m=.1, instruction="open the drawer")
+
+def evaluate_outcomes(text):
+    return [evaluate_episode(k, letter == "1") for k, letter in enumerate(text)]
+
+# ---- numbers
+
+def test_evaluate_mcnemar_equals_brute_force():
+    for b, c in itertools.product(range(7), range(7)):
+        n, extreme = b + c, 0                         # every sequence of b + c coins, at least as lopsided as b, c
+        for coins in itertools.product((0, 1), repeat=n):
+            extreme += abs(2 * sum(coins) - n) >= abs(b - c)
+        got = evaluate.compare(evaluate_outcomes("1" * b + "0" * c + "10"), evaluate_outcomes("0" * b + "1" * c + "10"))
+        assert math.isclose(got["p"], extreme / 2 ** n), (b, c)
+        assert (got["both"], got["only_first"], got["only_second"], got["neither"]) == (1, b, c, 1)
+
+def test_evaluate_mcnemar_known_values_and_large_counts():
+    p = lambda b, c: evaluate.compare(evaluate_outcomes("1" * b + "0" * c), evaluate_outcomes("0" * b + "1" * c))["p"]
+    assert p(1, 9) == p(9, 1) == 22 / 1024 and p(0, 6) == 2 / 64 and p(5, 5) == p(3, 2) == 1
+    assert 0 < p(200, 1200) < 1e-100                  # no overflow
+
+def test_evaluate_interval_of_the_difference():
+    got = evaluate.compare(evaluate_outcomes("1110000000"), evaluate_outcomes("0101111110"))
+    b, c, n = 2, 6, 10
+    counts = np.array([1, b, c, 1]) + .5              # both, only first, only second, neither
+    share = counts / counts.sum()
+    d, variance = share[2] - share[1], (share[1] + share[2] - (share[2] - share[1]) ** 2) / counts.sum()
+    assert got["n"] == n and math.isclose(got["difference"], .4)
+    assert np.allclose((got["low"], got["high"]), (d - 1.96 * variance ** .5, d + 1.96 * variance ** .5))
+    assert (got["only_first"], got["only_second"]) == (b, c) and got["low"] < .4 < got["high"]
+    back = evaluate.compare(evaluate_outcomes("0101111110"), evaluate_outcomes("1110000000"))
+    assert np.allclose((back["low"], back["high"]), (-got["high"], -got["low"])) and back["p"] == got["p"]
+    assert evaluate.compare(evaluate_outcomes("0" * 9), evaluate_outcomes("1" * 9))["high"] == 1
+
+def test_evaluate_interval_covers_the_true_difference():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(2000):                             # 30 scenes, P(only first) = .1, P(only second) = .3
+        kind = rng.choice(4, 30, p=(.3, .1, .3, .3))
+        got = evaluate.compare([evaluate_episode(k, x in (0, 1)) for k, x in enumerate(kind)],
+                         [evaluate_episode(k, x in (0, 2)) for k, x in enumerate(kind)])
+        hits += got["low"] <= .2 <= got["high"]
+    assert .93 < hits / 2000 < .975
+
+def test_evaluate_compare_needs_the_same_scenes():
+    for first, second in ((evaluate_outcomes("11"), evaluate_outcomes("111")), (evaluate_outcomes("10"), evaluate_outcomes("10")[::-1]), ([], [])):
+        with pytest.raises(ValueError, match="same scenes"):
+            evaluate.compare(first, second)
+
+def test_evaluate_summary_by_hand():
+    got = evaluate.summary([evaluate_episode(0, True, 12), evaluate_episode(1, True, 20), evaluate_episode(2, False, 40, touched=False),
+                      evaluate_episode(3, False, 8, touched=False, failure=True), evaluate_episode(4, False, 40)])
+    low, high = envs.wilson(2, 5)
+    assert got == dict(k=2, n=5, success=.4, low=low, high=high, steps=24., steps_success=16., touched=3, failure=1,
+                       diverged=0, looked_wrong=2, moved_wrong=1)
+    assert evaluate.summary(evaluate_outcomes("00"))["steps_success"] is None
+    with pytest.raises(ValueError, match="no episodes"):
+        evaluate.summary([])
+
+# ---- episodes
+
+@pytest.mark.parametrize("task, domain", [("open-drawer", "sim"), ("push-cube", "real")])
+def test_evaluate_oracle_policy_equals_run_expert(evaluate_spy, task, domain):
+    """A policy that asks the scripted expert succeeds in the same steps as envs.run_expert on the same scenes."""
+    experts = {}
+
+    def rule(stub, images):
+        env = evaluate_spy[-1]
+        experts.setdefault(id(env), envs.Expert(env))
+        rows = [int(np.flatnonzero((env.images == image).all((1, 2, 3)))[0]) for image in images]
+        return experts[id(env)].act()[0][rows, None]
+
+    stub = EvaluateStub(rule)
+    got = evaluate.evaluate(stub, task, domain, 7, seed=5, num_envs=3)
+    env = evaluate_spy[-1]
+    success, length = envs.run_expert(envs.VecEnv(task, domain, 7, seed=5, image_size=0), 7)
+    assert [e["episode"] for e in got] == list(range(7)) and success.sum() >= 6
+    assert [e["success"] for e in got] == success.tolist() and [e["steps"] for e in got] == length.tolist()
+    for e in got:
+        assert not e["success"] or e["closest_m"] < .12 and not e["failure"], e
+    assert sum(len(call.images) for call in stub.calls) == length.sum()        # asked for those that run, only
+    if domain == "sim":                               # 3 resets of 3; a picture a step; one of the scene that follows
+        assert env.frames == 9 + length.sum() + 7
+
+def test_evaluate_scenes_are_those_of_vecenv():
+    stub = EvaluateStub()
+    got = evaluate.evaluate(stub, "push-cube", "real", 4, seed=5, num_envs=2, blocks=[1])
+    env = envs.VecEnv("push-cube", "real", 2, 5, stub.image_size, first_episode=2)
+    obs = env.reset()
+    assert np.array_equal(stub.calls[0].images, obs["images"])
+    assert [e["instruction"] for e in got] == stub.calls[0].instructions == obs["instructions"]
+    assert got[0]["closest_m"] <= np.linalg.norm(env.tcp - env.object, axis=1)[0]
+
+def test_evaluate_variant_reaches_the_scenes():
+    seen, unseen = EvaluateStub(), EvaluateStub()
+    evaluate.evaluate(seen, "push-cube", "sim", 2)
+    evaluate.evaluate(unseen, "push-cube", "sim", 2, variant="unseen-objects")
+    obs = envs.VecEnv("push-cube", "sim", 2, evaluate.EVAL_SEED, 16, "unseen-objects").reset()
+    assert np.array_equal(unseen.calls[0].images, obs["images"])
+    assert not np.array_equal(seen.calls[0].images, obs["images"])
+
+def test_evaluate_blocks_in_any_order_alone_or_reused():
+    moves = lambda stub, images: .02 * (2 * torch.tensor(stub.noise[-1])[:, None, None] - 1).expand(-1, 4, 7)
+    play = lambda **options: evaluate.evaluate(EvaluateStub(moves), "open-drawer", "real", 5, num_envs=2, frames=9, **options)
+    alone = [e for block in range(3) for e in play(blocks=[block])]
+    for some in (play(), sorted(play(blocks=[2, 0, 1]), key=lambda e: e["episode"])):
+        assert [e["episode"] for e in some] == [0, 1, 2, 3, 4]
+        for a, b in zip(alone, some):
+            assert {k: v for k, v in a.items() if k != "frames"} == {k: v for k, v in b.items() if k != "frames"}
+            assert np.array_equal(a["frames"], b["frames"])
+    assert len({e["closest_m"] for e in alone}) == 5
+    assert play(blocks=[]) == []
+
+def test_evaluate_blocks_have_their_own_noise():
+    stub = EvaluateStub()
+    evaluate.evaluate(stub, "open-drawer", "sim", 2, num_envs=1)
+    assert stub.noise[0] != stub.noise[40] and len(stub.noise) == 80
+    again = EvaluateStub()
+    evaluate.evaluate(again, "open-drawer", "sim", 2, num_envs=1, seed=6)
+    assert again.noise[0] != stub.noise[0]
+
+def test_evaluate_truncated_length_and_frames_with_chunks():
+    (got,) = evaluate.evaluate(EvaluateStub(chunk=3), "open-drawer", "sim", 1, frames=1)       # 14 chunks, of the last one step
+    assert got["steps"] == 40 and not got["success"] and not got["touched"] and len(got["frames"]) == 41
+    assert got["frames"][0] is got["frames"][2] and not np.array_equal(got["frames"][2], got["frames"][3])
+
+def test_evaluate_last_block_runs_what_is_left(evaluate_spy):
+    stub = EvaluateStub(chunk=8)
+    assert len(evaluate.evaluate(stub, "open-drawer", "sim", 5, num_envs=3)) == 5
+    assert [len(call.images) for call in stub.calls] == 5 * [3] + 5 * [2]
+    assert len(evaluate.evaluate(stub, "open-drawer", "sim", 2)) == 2 and evaluate_spy[-1].num_envs == 2
+
+def test_evaluate_decoding_and_temperature():
+    for decoding, tokens, flow in (("auto", False, True), ("greedy", True, True), ("sampled", False, False)):
+        token, plain = EvaluateStub(chunk=40, temperature=1.), EvaluateStub(chunk=40)
+        for stub in (token, plain):
+            evaluate.evaluate(stub, "open-drawer", "sim", 1, decoding=decoding)
+        assert (token.calls[0].deterministic, plain.calls[0].deterministic) == (tokens, flow)
+        assert token.calls[0].settings["temperature"] == .6 and token.settings == {"temperature": 1.}
+        assert plain.settings == {}
+
+def test_evaluate_temperature_is_restored_after_an_error():
+    stub = EvaluateStub(lambda stub, images: np.full((len(images), 1, 7), np.nan), temperature=1.3)
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.evaluate(stub, "open-drawer", "sim", 1, temperature=.2)
+    assert stub.calls[0].settings["temperature"] == .2 and stub.settings["temperature"] == 1.3
+
+def test_evaluate_state_is_handed_over_if_wanted():
+    wants = EvaluateStub(chunk=40, discrete_state=True), EvaluateStub(chunk=40, delta_mask=[True] * 3), EvaluateStub(chunk=40)
+    for stub in wants:
+        evaluate.evaluate(stub, "open-drawer", "sim", 2)
+    assert [call.extra.get("state", np.zeros(0)).shape for stub in wants for call in stub.calls] == [
+        (2, 8), (2, 8), (0,)]
+
+def test_evaluate_real_policies_leave_global_random_numbers_alone():
+    for name in policies.TINY:
+        policy, before = policies.make_tiny(name), torch.get_rng_state()
+        settings = dict(policy.settings)
+        a, b = (evaluate.evaluate(policy, "open-drawer", "real", 1, decoding="sampled") for _ in range(2))
+        assert a == b and torch.equal(before, torch.get_rng_state()) and policy.settings == settings
+
+# ---- ablations
+
+@pytest.mark.parametrize("domain, variant", [("sim", "seen"), ("real", "seen"), ("sim", "unseen-objects"),
+                                             ("real", "unseen-objects"), ("pretrain", "seen")])
+def test_evaluate_shuffled_instruction_names_another_cube_on_the_table(domain, variant):
+    env = envs.VecEnv("push-cube", domain, 60, 3, 0, variant)
+    told, scene = env.reset()["instructions"], env.scenes["push"]
+    for i, (right, wrong) in enumerate(zip(told, evaluate.wrong_instructions(env))):
+        rgb = [scene.field("geom_rgba")[i, scene.model.geom(f"cube{k}").id, :3] for k in range(3)]
+        there = {name for name, colour in env.drawn[i].cubes for each in rgb if np.allclose(each, colour)}
+        word = lambda text: [name for name in there if re.search(rf"\b{name}\b", text)]
+        assert len(there) == 3 and len(word(right)) == len(word(wrong)) == 1 and word(right) != word(wrong)
+
+def test_evaluate_shuffled_instruction_of_other_tasks_and_in_evaluate():
+    rights = {envs.TASKS[task].instruction for task in envs.TASKS}
+    for task in set(envs.TASKS) - {"push-cube"}:
+        env = envs.VecEnv(task, "sim", 2, image_size=0)
+        env.reset()
+        wrong = set(evaluate.wrong_instructions(env))
+        assert wrong < rights - {envs.TASKS[task].instruction}
+    stub, plain = EvaluateStub(chunk=40), EvaluateStub(chunk=40)
+    got = evaluate.evaluate(stub, "push-cube", "sim", 3, ablation="shuffled-instruction")
+    evaluate.evaluate(plain, "push-cube", "sim", 3)
+    assert [e["instruction"] for e in got] == stub.calls[0].instructions
+    assert all(a != b for a, b in zip(stub.calls[0].instructions, plain.calls[0].instructions))
+    assert np.array_equal(stub.calls[0].images, plain.calls[0].images)
+
+def test_evaluate_blank_image_is_constant():
+    stub, plain = EvaluateStub(chunk=8), EvaluateStub(chunk=8)
+    got = evaluate.evaluate(stub, "push-cube", "real", 1, ablation="blank-image", frames=1)
+    want = evaluate.evaluate(plain, "push-cube", "real", 1)
+    assert all((call.images == 128).all() for call in stub.calls) and all((f == 128).all() for f in got[0]["frames"])
+    assert got[0]["instruction"] == want[0]["instruction"] and plain.calls[0].images.std() > 1
+
+# ---- videos, tables, figures
+
+def test_evaluate_videos_and_contact_sheet(tmp_path):
+    rng, size = np.random.default_rng(0), 64
+    some = [evaluate_episode(3, True) | dict(frames=list(rng.integers(0, 255, (11, size, size, 3), np.uint8))),
+            evaluate_episode(4, False) | dict(frames=list(rng.integers(0, 255, (6, size, size, 3), np.uint8))), evaluate_episode(5, True)]
+    paths = evaluate.write_videos(some, tmp_path / "v")
+    assert [path.name for path in paths] == ["00003-success.mp4", "00004-failure.mp4"]
+    for path, each, colour in zip(paths, some, (evaluate.GREEN, evaluate.RED)):
+        frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(path))
+        assert frames == len(each["frames"]) - 1 + 5 and abs(seconds - frames / 5) < .3
+        first, *_, last = imageio.mimread(path, memtest=False)
+        assert first.shape == (256, 256, 3)
+        assert np.abs(last[2].mean(0) - colour).max() < 25 and np.abs(first[2].mean(0) - colour).max() > 25
+    evaluate.contact_sheet(some, tmp_path / "sheet.png")
+    sheet = imageio.imread(tmp_path / "sheet.png")
+    assert sheet.shape == (512, 768, 3) and tuple(sheet[0, 0]) == evaluate.GREEN and tuple(sheet[-1, -1]) == evaluate.RED
+    assert np.array_equal(sheet[8:248:4, 520:760:4], some[0]["frames"][-1][2:62, 2:62])
+    evaluate.contact_sheet(some[2:], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    assert evaluate.write_videos([evaluate_episode(0, True) | dict(frames=[np.zeros((75, 75, 3), np.uint8)] * 3)], tmp_path)     # odd
+
+def test_evaluate_frames_of_so_many_successes_and_failures():
+    some = [evaluate_episode(k, k % 3 == 0) | dict(frames=[]) for k in range(9)]
+    evaluate.keep_frames(some, 2)
+    assert [k for k, each in enumerate(some) if "frames" in each] == [0, 1, 2, 3]
+    evaluate.keep_frames(some, 0)
+    assert not any("frames" in each for each in some)
+
+def test_evaluate_tables_and_figure(tmp_path):
+    rows = [dict(checkpoint=name, task=task, domain=domain, variant="seen", **evaluate.summary(evaluate_outcomes("110" * 4)))
+            for name in ("a", "a-much-longer-name") for domain in ("sim", "real") for task in envs.TASKS]
+    head, *lines = evaluate.table(rows).splitlines()
+    assert len(lines) == 16 and len({len(line) for line in (head, *lines)}) == 1
+    assert "stand-in" in lines[4] and "real" not in evaluate.table(rows) and "66.7%" in lines[0] and "12" in lines[0].split()
+    text = evaluate.comparison_table([dict(first="a", second="b", task="all", domain="real", variant="seen",
+                                     **evaluate.compare(evaluate_outcomes("1" + 9 * "0"), evaluate_outcomes("0" + 9 * "1")))])
+    assert "+80.0" in text and "0.021" in text and "stand-in" in text
+    evaluate.bar_chart(rows, tmp_path / "bars.png")
+    assert imageio.imread(tmp_path / "bars.png").shape[1] > 500
+
+# ---- command line
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    policies.make_tiny("openvla").save(folder)
+    return str(folder)
+
+def test_evaluate_result_is_the_same_for_one_and_two_workers(checkpoint, tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    results = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        evaluate.main(["--checkpoint", checkpoint, "--domain", "real", "--episodes", "3", "--num-envs", "2", "--videos", "1",
+                 "--out", str(out), "--workers", str(workers)])
+        assert sorted(path.name for path in out.iterdir()) == ["result.json", "success.png", "videos"]
+        results.append(json.loads((out / "result.json").read_text()))
+    signal.signal(signal.SIGTERM, handler)
+    one, two = results
+    assert one["cells"] == two["cells"] and one["seed"] == evaluate.EVAL_SEED and "--episodes 3" in one["command"]
+    assert [cell["domain"] for cell in one["cells"]] == ["stand-in"]
+    for cell in one["cells"]:
+        assert [each["episode"] for each in cell["episodes"]] == [0, 1, 2] and cell["n"] == 3
+        assert {**evaluate.summary(cell["episodes"]), **cell} == cell
+        assert len({each["closest_m"] for each in cell["episodes"]}) == 3
+        assert cell["videos"] and all((tmp_path / "1" / path).exists() for path in cell["videos"])
+    text = capsys.readouterr().out
+    assert "stand-in" in text and "none is attached" in text
+
+def evaluate_fake_run(args):
+    """Outcomes that differ between checkpoints, tasks and domains."""
+    return {key: evaluate_outcomes("1" * (2 + 3 * (key[0] == "b") + (key[1] == "sim") + (key[3] == "open-drawer")) + "0" * 4)[:6]
+            for key in itertools.product(args.checkpoint, args.domains, args.variants, args.tasks)}
+
+def test_evaluate_averages_and_comparisons(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(policies, "find_folder", pathlib.Path)
+    monkeypatch.setattr(evaluate, "run", evaluate_fake_run)
+    evaluate.main(["--checkpoint", "a", "b", "--task", "all", "--out", str(tmp_path), "--device", "cpu"])
+    got, text = json.loads((tmp_path / "result.json").read_text()), capsys.readouterr().out
+    assert len(got["cells"]) == 16 and len(got["averages"]) == 4 and len(got["comparisons"]) == 10
+    average = got["averages"][1]
+    assert (average["checkpoint"], average["domain"], average["k"], average["n"]) == ("a", "stand-in", 9, 24)
+    pooled = [row for row in got["comparisons"] if row["task"] == "all"]
+    assert [row["domain"] for row in pooled] == ["sim", "stand-in"] and pooled[0]["n"] == 24
+    for row in pooled:                                # the counts of its domain's cells
+        parts = [each for each in got["comparisons"] if each["domain"] == row["domain"] and each["task"] != "all"]
+        for name in ("both", "only_first", "only_second", "neither"):
+            assert row[name] == sum(each[name] for each in parts)
+    assert row["first"] == "a" and row["only_second"] > 0 and row["difference"] > 0
+    assert "average" in text and "McNemar" in text
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (ValueError("broken"), "error: broken")])
+def test_evaluate_no_result_after_an_interrupt_or_error(tmp_path, monkeypatch, capsys, error, code):
+    def act(policy, *_, **__):
+        calls.append(1)
+        if len(calls) > 45:                           # in the second block
+            raise error
+        return types.SimpleNamespace(actions=torch.zeros(1, 1, 7))
+    calls = []
+    stub = EvaluateStub()
+    monkeypatch.setattr(stub, "act", types.MethodType(act, stub))
+    monkeypatch.setattr(policies, "find_folder", pathlib.Path)
+    monkeypatch.setattr(evaluate, "load", lambda *_: stub)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--checkpoint", "a", "--episodes", "2", "--num-envs", "1", "--workers", "1", "--out",
+                 str(tmp_path / "out"), "--device", "cpu"])
+    assert stop.value.code == code and not (tmp_path / "out").exists()
+    assert ("interrupted" in capsys.readouterr().err) == (code == 130)
+
+def test_evaluate_errors_list_all_offenders(checkpoint):
+    with pytest.raises(ValueError) as caught:
+        evaluate.parse(["--checkpoint", "/nowhere/at/all", checkpoint, "--task", "fly", "--domain", "moon", "--variants",
+                  "odd", "--episodes", "0", "--num-envs", "0", "--workers", "-1", "--videos", "-2", "--decoding", "x",
+                  "--ablation", "y", "--temperature", "0", "--seed", "-1", "--dtype", "int8"])
+    text = str(caught.value)
+    for offender in ("/nowhere/at/all", "--task: got fly", "--domain: got moon", "--variants: got odd",
+                     "--episodes: got 0", "--num-envs: got 0", "--workers: got -1", "--videos: got -2",
+                     "--decoding: got x", "--ablation: got y", "--temperature: got 0", "--seed: got -1", "int8"):
+        assert offender in text, offender
+    assert checkpoint not in text and all("need" in line and "try" in line for line in text.splitlines())
+    with pytest.raises(ValueError) as caught:
+        evaluate.evaluate(EvaluateStub(), "open-drawer", "sim", 4, num_envs=2, blocks=[2], decoding="x", ablation="y")
+    assert all(name in str(caught.value) for name in ("blocks", "decoding", "ablation"))
+    with pytest.raises(ValueError, match="each once"):
+        evaluate.parse(["--checkpoint", checkpoint, checkpoint])
+
+def test_evaluate_parse_expands_all_and_both(checkpoint):
+    args = evaluate.parse(["--checkpoint", checkpoint, "--task", "all", "--variants", "all"])
+    assert args.tasks == list(envs.TASKS) and args.variants == list(envs.VARIANTS) and args.domains == ["sim", "real"]
+    assert (args.episodes, args.num_envs, args.seed, args.decoding) == (100, 25, 999_983, "auto")
+
+def test_evaluate_constants_equal_those_of_stage_1():
+    import sft_warmstart
+    assert (evaluate.EVAL_SEED, evaluate.EVAL_TEMPERATURE) == (sft_warmstart.EVAL_SEED, sft_warmstart.EVAL_TEMPERATURE)
+    assert evaluate.NAMES == sft_warmstart.NAMES
+
+# ---- mutants: a formula is broken on purpose, a test must notice
+
+@pytest.mark.parametrize("name, old, new, oracle", [
+    ("compare", "min(1., 2 *", "min(1., 1 *", "test_evaluate_mcnemar_equals_brute_force"),
+    ("compare", "range(min(b, c) + 1)", "range(min(b, c))", "test_evaluate_mcnemar_equals_brute_force"),
+    ("compare", "(c - b) / (n + 2)", "(c - b) / n", "test_evaluate_interval_of_the_difference"),
+    ("compare", "b + c + 1 -", "b + c -", "test_evaluate_interval_of_the_difference"),
+    ("summary", "not each[\"touched\"]", "each[\"touched\"]", "test_evaluate_summary_by_hand"),
+    ("play", "np.random.SeedSequence([env.seed, block])", "np.random.SeedSequence(env.seed)",
+     "test_evaluate_blocks_have_their_own_noise"),
+    ("play", "block * env.num_envs", "block", "test_evaluate_scenes_are_those_of_vecenv"),
+    ("play", "info[\"length\"][i] - before[i]", "chunk.shape[1]", "test_evaluate_truncated_length_and_frames_with_chunks"),
+    ("evaluate", "not tokens", "tokens", "test_evaluate_decoding_and_temperature")])
+def test_evaluate_mutants_die(monkeypatch, name, old, new, oracle):
+    source = textwrap.dedent(inspect.getsource(getattr(evaluate, name)))
+    assert old in source, f"the mutant no longer applies: {old!r} is not in {name}()"
+    space = dict(vars(evaluate))
+    exec(source.replace(old, new), space)
+    monkeypatch.setattr(evaluate, name, space[name])
+    with pytest.raises((AssertionError, ValueError)):
+        globals()[oracle]()
 
 
 # ---------------------------------------------------------------------------------------------------- architecture
