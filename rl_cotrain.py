@@ -59,10 +59,10 @@ PRESETS = {
     "pi05": dict(num_envs=128, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6, value_lr=2e-4,
                  beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0., critic_warmup=0),
     "openvla-tiny": dict(num_envs=64, minibatch=256, micro_batch=256, real_batch=64, epochs=2, lr=2e-4, value_lr=1e-3,
-                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50, target_kl=.1,
+                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=40, target_kl=.1,
                          critic_warmup=2),
-    "pi05-tiny": dict(num_envs=128, minibatch=256, micro_batch=256, real_batch=64, epochs=2, lr=2e-4, value_lr=1e-3,
-                      beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50, target_kl=.1,
+    "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=256, real_batch=160, epochs=2, lr=1e-4, value_lr=1e-3,
+                      beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=40, target_kl=.1,
                       critic_warmup=2)}
 
 def parse(argv=None):

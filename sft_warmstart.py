@@ -91,7 +91,7 @@ def parse(argv=None):
     add("--camera", nargs="+", help="image features to use; default: the first that is not on the wrist")
     add("--held-out", type=float, default=.1, help="share of episodes kept out of training to measure the loss, 0 to 1")
     add("--out", default="runs/sft", help="folder of this run")
-    add("--resume", action="store_true", help="go on from OUT/resume.pt; all other flags must be as they were")
+    add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --steps must be as they were")
     add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
     add("--pretrain-episodes", type=int, default=8000, help="episodes of all tasks to record for it, >= 2")
     add("--aux-weight", type=float, default=1., help="of the landmark loss in --pretrain, >= 0")
@@ -470,7 +470,7 @@ class Trainer:
     def load(self, path):
         state, now = torch.load(path, map_location="cpu", weights_only=True), vars(self.args)
         wrong = [f"--{name.replace('_', '-')} was {value}, is {now.get(name)}" for name, value in state["args"].items()
-                 if name not in ("resume", "ranks", "device", "out") and now.get(name) != value]
+                 if name not in ("resume", "ranks", "device", "out", "steps") and now.get(name) != value]
         if wrong or set(state["weights"]) != set(self.named):
             raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
         with torch.no_grad():
