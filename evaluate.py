@@ -308,6 +308,7 @@ def work(args, item, bar=None):
     (checkpoint, domain, variant, task), block = item
     if args.device == "cpu":
         torch.set_num_threads(1)         # as many processes as cores; and another number may change the last bit
+        torch.set_flush_denormal(True)   # as in training
     return evaluate(load(checkpoint, args.device, args.dtype), task, domain, args.episodes, variant, args.seed,
                     args.num_envs, [block], args.decoding, args.videos, args.ablation, args.temperature, bar)
 
