@@ -61,8 +61,8 @@ PRESETS = {
     "openvla-tiny": dict(num_envs=64, minibatch=256, micro_batch=256, real_batch=64, epochs=2, lr=2e-4, value_lr=1e-3,
                          beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=40, target_kl=.1,
                          critic_warmup=2),
-    "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=256, real_batch=160, epochs=2, lr=1e-4, value_lr=1e-3,
-                      beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=40, target_kl=.1,
+    "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
+                      beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=40, target_kl=.1,
                       critic_warmup=2)}
 
 def parse(argv=None):
@@ -82,7 +82,7 @@ def parse(argv=None):
     add("--value-clip", type=float, default=.2, help="how far a value may move from the rollout's; 0 = any")
     add("--value-weight", type=float, default=1., help="of the value loss, >= 0")
     add("--out", help="folder of this run; default runs/rl-POLICY-TASK-lambdaL-seedS")
-    add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --iterations must be as they were")
+    add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --iterations as they were")
     add("--save-every", type=int, default=10, help="iterations between resume.pt; 0 = only at the end")
     add("--eval-episodes", type=int, default=100, help="per task and domain, before and after; 0 = none")
     add("--eval-every", type=int, default=0, help="iterations between evaluations for the curves; 0 = none")

@@ -1010,7 +1010,7 @@ def test_decoder_equals_transformers_llama():
     assert len(set(mask.sum(1).tolist())) == 3
     with torch.no_grad():
         features = policy.encode_images(images)
-        assert features.shape == (3, 256, 128)
+        assert features.shape == (3, 256, 160)
         hidden, valid, _ = policy.hidden(features, ids, mask)
         words = llama.model.embed_tokens(ids)
         x = torch.cat([words[:, :1], policy.project(features), words[:, 1:]], 1)
@@ -3142,7 +3142,7 @@ def test_rl_bad_flags_are_listed_together():
     for text in ("--lambda-real -1", "--gamma 2", "--epochs", "--init /nowhere", "--resume: no "):
         assert text in str(error.value)
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
-    assert [args.freeze for args in presets] == ["vision"] * 2 and presets[0].dtype == "float32"
+    assert [args.freeze for args in presets] == ["vision", "vlm"] and presets[0].dtype == "float32"
     assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
 
 
