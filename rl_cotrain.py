@@ -28,7 +28,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import sys
 import time
 
@@ -373,11 +372,11 @@ def saved_args(args):
 # ---- the run -------------------------------------------------------------------------------------------------
 
 def real_batches(args, policy, rank, world):
-    """MixSampler of real demonstrations, and those held out; (None, None) without opening them if lambda is 0."""
+    """MixSampler of real demonstrations, and those held out; (None, {}), unopened, if lambda is 0."""
     if not args.lambda_real and not args.watch_real:
         return None, {}
     only_real = copy.copy(args.sft)
-    only_real.sim_ratio, only_real.pretrain = 0., False
+    only_real.sim_ratio = 0.
     sets, held_out = sft_warmstart.open_sets(only_real, policy, rank)
     sampler = real_data.MixSampler(None, sets["real"], 0., args.real_batch, args.seed + 1, rank, world)
     return (sampler if args.lambda_real else None), held_out
@@ -460,7 +459,7 @@ def work(args, rank, world, device):
             bar.set_postfix_str(f"success {logs['success']:.0%} kl {logs['kl']:.3f} clip {logs['clipped']:.0%} "
                                 f"real {logs.get('real', math.nan):.2f} {logs['env_steps_per_s']:.0f} steps/s")
             bar.update()
-            if rank == 0 and (now == args.iterations or args.save_every and now % args.save_every == 0):
+            if rank == 0 and args.save_every and now % args.save_every == 0:
                 learner.save(out / "resume.pt")
     if rank == 0:
         learner.save(out / "resume.pt")
@@ -483,11 +482,8 @@ def first_evaluation(args, policy, rank, world):
 def finish(args, policy, before, rank, world, seconds):
     """Checkpoint, evaluation, table, videos."""
     out = pathlib.Path(args.out)
-    if rank == 0:                            # under a temporary name, then renamed
-        shutil.rmtree(out / "policy.part", ignore_errors=True)
-        policy.save(out / "policy.part")
-        shutil.rmtree(out / "policy", ignore_errors=True)
-        os.replace(out / "policy.part", out / "policy")
+    if rank == 0:
+        sft_warmstart.save_policy(policy, out)
     after = success_rates(args, policy, args.eval_episodes, rank, world, "after", frames=1)
     if rank > 0 or not after:
         return

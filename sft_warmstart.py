@@ -595,6 +595,16 @@ def store_half(folder):
     for file in folder.glob("*.safetensors"):
         save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
+def save_policy(policy, out, half=False):
+    """OUT/policy, under a temporary name, then renamed: a killed run leaves no half of a folder."""
+    part = out / "policy.part"
+    shutil.rmtree(part, ignore_errors=True)
+    policy.save(part)
+    if half:
+        store_half(part)
+    shutil.rmtree(out / "policy", ignore_errors=True)
+    os.replace(part, out / "policy")
+
 def work(args, rank, world, device):
     """What each rank does: train, save the policy, evaluate."""
     out, start = pathlib.Path(args.out), time.perf_counter()
@@ -611,14 +621,8 @@ def work(args, rank, world, device):
     if args.augment == "openvla" and "center_crop" in policy.settings:
         policy.settings["center_crop"] = True                  # from now on the central 90 %, as in official fine-tunes
     seconds = time.perf_counter() - start
-    if rank == 0:                            # under a temporary name, then renamed
-        part = out / "policy.part"
-        shutil.rmtree(part, ignore_errors=True)
-        policy.save(part)
-        if args.half:
-            store_half(part)
-        shutil.rmtree(out / "policy", ignore_errors=True)
-        os.replace(part, out / "policy")
+    if rank == 0:
+        save_policy(policy, out, args.half)
         print(f"wrote {out}/policy after {seconds:.0f} s, ranks: {world} ({device.type})", flush=True)
     if args.eval_episodes:
         results = evaluate(args, policy, rank, world)
