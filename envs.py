@@ -115,7 +115,8 @@ PARAMETERS = {
                 ("navy", (.05, .08, .38)), ("grey", (.50, .50, .52)), ("maroon", (.45, .04, .14)))),
         cabinet=((.93, .93, .90), (.85, .88, .92), [(.60, .45, .30), (.35, .40, .50), (.75, .65, .75)]),
         handle=((.08, .08, .08), (.16, .14, .13), [(.85, .75, .20), (.75, .75, .78), (.70, .15, .15), (.20, .25, .60)]),
-        handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)))}  # x plate size; m of drawer travel
+        handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)),   # x plate size; m of drawer travel
+        side=(1, 1, -1))}                                       # 1: the drawer opens to +y; -1: mirrored, to -y
 LOOK_AT = np.array([.45, -.045, .08])   # m; every camera orbits it and faces the robot from its front left: in the
 #                                         published view, from behind, the hand hides what it pushes
 
@@ -348,8 +349,8 @@ class Scene:
     def __init__(self, name, num_envs, image_size):
         self.size, self.model = image_size, mujoco.MjModel.from_xml_string(scene_xml(name, image_size))
         self.batch = Batch(self.model, num_envs, nthread=1)    # one thread: processes scale better on small machines
-        self.qpos, self.qvel, self.ctrl, self.mocap_pos, self.sensor = map(
-            self.batch.bind, ("qpos", "qvel", "ctrl", "mocap_pos", "sensordata"))
+        self.qpos, self.qvel, self.ctrl, self.mocap_pos, self.mocap_quat, self.sensor = map(
+            self.batch.bind, ("qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "sensordata"))
         self.field = self.batch.expand                         # field("geom_rgba")[i] is environment i's own
         self.loose = np.flatnonzero(self.model.body_dofnum == 6)       # the bodies that lie on the table
         self.models = [None] * num_envs                        # models[i]: what environment i looks like
@@ -455,6 +456,7 @@ class VecEnv:
         self.touch, self.success, self.wrong = np.zeros((3, n), bool)                       # now
         self.target, self.tcp, self.object, self.goal = np.zeros((4, n, 3))     # m: commanded TCP; measured TCP, ...
         self.target_frame, self.frame = np.zeros((2, n, 3, 3))
+        self.mirror = np.ones((n, 3))                                           # of the cabinet's x y z
         self.start = np.zeros((n, 3, 2))                                        # m, where the cubes were put
         self.q_new, self.q_old, self.q_older = np.zeros((3, n, 7))              # set-points at the ends of three steps
         self.grip_new, self.grip_old, self.opening, self.finger_speed = np.zeros((4, n))
@@ -500,6 +502,7 @@ class VecEnv:
         self.drawn[i] = drawn = types.SimpleNamespace()
         for rng, part in zip(parts, PARAMETERS):
             vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]})
+        self.mirror[i] = 1, drawn.side, 1
         drawn.repeats = parts[0].random(self.horizon[i] + 1) < drawn.stale     # whether step t shows the last frame
         drawn.noise_seed, drawn.arm = parts[0].integers(1 << 20), parts[1].uniform(-1, 1, 10)
         scene = self.scenes[self.scene_of[i]]
@@ -549,15 +552,17 @@ class VecEnv:
         self.goal[i] = *(self.start[i, self.named[i]] + (PUSH_DISTANCE + .02, 0)), CUBE_HALF
 
     def place_drawer(self, scene, i, layout, drawn):
-        """The cabinet at the robot's right; its drawer slides along y."""
+        """The cabinet at the robot's right (left if mirrored: turned by 180 degrees); its drawer slides along y."""
         scene.set_geom(i, "handle", size=scene.model.geom("handle").size * (drawn.handle_scale, 1, drawn.handle_scale))
         scene.field("jnt_range")[i, 9, 1] = drawn.stroke
         scene.field("dof_frictionloss")[i, 9] = drawn.drawer_friction
         scene.field("dof_damping")[i, 9] = drawn.drawer_damping
-        scene.mocap_pos[i, 1, :2] = self.start_xy(layout, "cabinet")
+        x, y = self.start_xy(layout, "cabinet")
+        scene.mocap_pos[i, 1, :2] = x, LOOK_AT[1] + drawn.side * (y - LOOK_AT[1])
+        scene.mocap_quat[i, 1] = (1, 0, 0, 0) if drawn.side > 0 else (0, 0, 0, 1)     # half a turn
         opens = self.task[i] == "open-drawer"
         scene.qpos[i, 9] = 0 if opens else layout.uniform(*START_OPEN)
-        self.goal[i] = scene.mocap_pos[i, 1] + HANDLE + (0, drawn.stroke * opens, 0)
+        self.goal[i] = scene.mocap_pos[i, 1] + self.mirror[i] * (HANDLE + (0, drawn.stroke * opens, 0))
 
     def apply(self, scene, i, drawn):
         """Colours, light, camera and its tone curves; servos, delay, tracking; mass and friction of loose bodies."""
@@ -665,7 +670,8 @@ class VecEnv:
             self.opening[rows], self.finger_speed[rows] = qpos[:, 7:9].sum(1), np.abs(scene.qvel[rows, 7:9]).max(1)
             if name == "drawer":
                 slide, opens = qpos[:, 9], self.task[rows] == "open-drawer"
-                self.object[rows] = scene.mocap_pos[rows, 1] + HANDLE + slide[:, None] * (0, 1, 0)
+                handle = HANDLE + slide[:, None] * (0, 1, 0)                             # (n, 3) m
+                self.object[rows] = scene.mocap_pos[rows, 1] + self.mirror[rows] * handle
                 self.touch[rows] = sensor[:, 0] > 0
                 self.success[rows] = np.where(opens, slide > OPEN_DISTANCE, slide < CLOSE_DISTANCE)
                 continue
@@ -785,7 +791,8 @@ class Expert:
                         break
                 grip, tool = wanted, env.target[i].copy()
                 for _ in range(most):
-                    where = dict(object=env.object[i], goal=env.goal[i], tool=tool)[reference] + offset
+                    where = dict(object=env.object[i], goal=env.goal[i], tool=tool)[reference]
+                    where = where + env.mirror[i] * offset
                     gap = np.clip(where + habit.offset, *WORKSPACE) - env.target[i]
                     distance, turn = np.linalg.norm(gap), 0.
                     if env.scene_of[i] == "pick" and reference == "object":    # align the wrist, to half a turn

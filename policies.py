@@ -979,7 +979,8 @@ def set_trainable(policy, freeze):
 WORDS = """pick up the object on table and place it into white tray put plate bowl push cube to open close drawer red
 green blue yellow orange purple pink brown black gray a of in from left right top bottom middle block can banana carrot
 bottle cup box ball spoon mug sponge apple lemon pepper bread toy goal target move forward away front one thing dish
-drop round slide pull shut out it must be handle""".split()
+drop round slide pull shut out it must be handle
+cyan magenta lime navy grey maroon white belongs robot shove""".split()
 TINY = dict(
     openvla=dict(
         model_type="openvla", architectures=["OpenVLAForActionPrediction"], n_action_bins=256, image_sizes=[64, 64],
