@@ -20,6 +20,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -387,6 +388,22 @@ class Demos:
         count = min(max(1, round(held_out * len(self.episodes))), len(self.episodes) - 1)
         order = np.random.default_rng(seed).permutation(self.episodes)
         return self.select(sorted(order[count:])), self.select(sorted(order[:count]))
+
+    def without_pauses(self, least):
+        """These demos without the frames whose action moves the tool by less than `least` [m] and 5 x that [rad] and
+        leaves the gripper as it was. Who sees a single picture cannot know how long the demonstrator has been waiting,
+        and would wait for ever; OpenVLA's authors drop such frames as well. The first of an episode stays."""
+        first = np.zeros(len(self), bool)
+        first[np.cumsum(self.lengths) - self.lengths] = True
+        turned = np.append(True, np.diff(self.actions[:, -1]) != 0)                      # (N,) of the gripper
+        keep = first | turned | (np.linalg.norm(self.actions[:, :3], axis=1) >= least) | (
+            np.linalg.norm(self.actions[:, 3:-1], axis=1) >= 5 * least)
+        moving, owner = copy.copy(self), np.repeat(np.arange(len(self.lengths)), self.lengths)
+        moving.rows, moving.actions, moving.states, moving.instructions = (
+            x[keep] for x in (self.rows, self.actions, self.states, self.instructions))
+        moving.lengths = np.bincount(owner[keep])
+        moving.ends = np.repeat(np.cumsum(moving.lengths), moving.lengths)
+        return moving
 
     def batch(self, indices):
         """Samples `indices` (B,), 0 to N - 1, as a dict: images (B, H, W, 3) uint8; (B, C, H, W, 3) of several cameras;

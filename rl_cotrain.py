@@ -62,7 +62,7 @@ PRESETS = {
                          critic_warmup=2),
     "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
                       beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=40, target_kl=.1,
-                      critic_warmup=2)}
+                      critic_warmup=6)}
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -209,8 +209,9 @@ def value_of(policy, seen):
 @torch.no_grad()
 def rollout(policy, env, steps, generator, frozen):
     """T decisions in each environment, starting with new episodes. Returns (T, N) lists and tensors of what update()
-    needs, and the log: success rate of the first episodes, mean return of a decision's environment, seconds."""
+    needs, and the log: (successes, episodes) of the first episodes of each task, sum of rewards, seconds."""
     obs, rows, n = env.reset(), [], env.num_envs
+    tasks = env.task.copy()                  # of the first episodes
     outcome, seconds = np.full(n, -1.), dict(act=0., env=0.)
     for _ in range(steps):
         start = time.perf_counter()
@@ -239,8 +240,11 @@ def rollout(policy, env, steps, generator, frozen):
                 trace={key: torch.cat([each.trace[key] for each in decisions]) for key in decisions[0].trace},
                 logp=torch.cat([each.logp for each in decisions]), values=values, rewards=rewards, ended=ended,
                 next_values=torch.where(ended, futures, following))
-    finished = outcome[outcome >= 0]
-    return data, dict(successes=finished.sum(), episodes=len(finished), reward=rewards.sum().item(), **seconds)
+    score = {}
+    for task in env.tasks:
+        finished = outcome[(tasks == task) & (outcome >= 0)]
+        score |= {f"successes/{task}": finished.sum(), f"episodes/{task}": len(finished)}
+    return data, dict(score, reward=rewards.sum().item(), **seconds)
 
 # ---- update --------------------------------------------------------------------------------------------------
 
@@ -348,8 +352,7 @@ class Learner:
 
     def load(self, path):
         state, now = torch.load(path, map_location="cpu", weights_only=True), saved_args(self.args)
-        wrong = [f"--{key.replace('_', '-')} was {value}, is {now.get(key)}" for key, value in state["args"].items()
-                 if now.get(key) != value]
+        wrong = sft_warmstart.changed_flags(state["args"], now, ())
         if wrong or set(state["weights"]) != set(self.named):
             raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
         with torch.no_grad():
@@ -423,7 +426,10 @@ def iterate(args, learner, env, steps, frozen):
     sums = all_sum(torch.tensor([float(x) for x in seen.values()], dtype=torch.float64, device=policy.device))
     seen, spent = dict(zip(seen, sums.tolist())), now() - start
     total = env.num_envs * world             # environments over all ranks
-    return logs | dict(success=seen["successes"] / max(1, seen["episodes"]), reward=seen["reward"] / total,
+    won, ended = (np.array([seen[f"{name}/{task}"] for task in env.tasks]) for name in ("successes", "episodes"))
+    if len(env.tasks) > 1:
+        logs |= {f"success/{task}": k / n for task, k, n in zip(env.tasks, won.tolist(), ended.tolist()) if n}
+    return logs | dict(success=won.sum() / max(1, ended.sum()), reward=seen["reward"] / total,
                        act_s=seen["act"] / world, env_s=seen["env"] / world, update_s=now() - middle,
                        env_steps_per_s=total * steps * policy.settings.get("chunk", 1) / spent)
 
@@ -507,8 +513,8 @@ def plot(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
-    panels = ((axes[0], "success rate", [key for row in rows for key in row if key == "success" or key.startswith(
-                    tuple(f"{name}/" for name in NAMES.values()))]),
+    panels = ((axes[0], "success rate", [key for row in rows for key in row if key.startswith(
+                    ("success", *(f"{name}/" for name in NAMES.values())))]),
               (axes[1], "loss", ["real", "held_out/real", "value"]), (axes[2], "step", ["kl", "clipped", "cosine"]))
     for axis, title, names in panels:
         for name in dict.fromkeys(names):
@@ -526,8 +532,7 @@ def check_stage_one(args):
     if not (folder / "policy").exists():
         return False
     found = json.loads((folder / "args.json").read_text())
-    wrong = [f"--{key.replace('_', '-')} {found.get(key)} there, {value} here" for key, value in vars(args.sft).items()
-             if key not in ("ranks", "device", "out", "resume") and found.get(key) != value]
+    wrong = sft_warmstart.changed_flags(found, vars(args.sft), ("command", "world", "ranks", "device", "out", "resume"))
     if wrong:
         raise ValueError(f"{folder} holds another Stage I: {'; '.join(wrong)}. Remove it, or give --init FOLDER")
     return True

@@ -90,6 +90,7 @@ def parse(argv=None):
     add("--demos", default="runs/demos", help="folder for what is recorded; what is there already is used again")
     add("--camera", nargs="+", help="image features to use; default: the first that is not on the wrist")
     add("--held-out", type=float, default=.1, help="share of episodes kept out of training to measure the loss, 0 to 1")
+    add("--pause", type=float, default=.003, help="frames whose action moves less [m] are left out, >= 0; 0 = keep all")
     add("--out", default="runs/sft", help="folder of this run")
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --steps must be as they were")
     add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
@@ -106,7 +107,7 @@ def parse(argv=None):
     add("--gradient-checkpointing", action="store_true", help="a third more time, far less memory")
     group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
     for name, kind, text in (
-            ("steps", int, "optimizer steps; 0 = only evaluate"),
+            ("steps", int, "optimizer steps; 0 = only evaluate; --task all: by default three times as many"),
             ("batch", int, "samples per step over all ranks, >= ranks"),
             ("micro-batch", int, "samples per forward pass of a rank, >= 1; gradients accumulate"),
             ("lr", float, "peak learning rate, > 0"), ("warmup", int, "steps of linear warm-up; 0 = none"),
@@ -131,7 +132,7 @@ def check_args(args):
     args.preset = f"{kind}{'-tiny' * tiny}"
     for name, value in PRESETS.get(args.preset, PRESETS["openvla-tiny"]).items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, 3 * value if name == "steps" and args.task == "all" else value)
     checks = {
         f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05": kind in ("openvla", "pi05"),
         f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
@@ -140,6 +141,7 @@ def check_args(args):
         f"--optimizer {args.optimizer}: need adamw or muon": args.optimizer in ("adamw", "muon"),
         f"--statistics {args.statistics}: need base or data": args.statistics in ("base", "data"),
         f"--seed {args.seed}: need 0 or more, and not that of the evaluation": 0 <= args.seed != EVAL_SEED,
+        f"--pause {args.pause}: need 0 m or more": args.pause >= 0,
         "--steps, --batch, --micro-batch: need 0, 1, 1 or more": min(args.steps + 1, args.batch, args.micro_batch) > 0,
         "--lr, --ema, --final-lr: out of range": args.lr > 0 and 0 <= args.ema < 1 and 0 <= args.final_lr <= 1,
         f"--resume: no {args.out}/resume.pt": not args.resume or pathlib.Path(args.out, "resume.pt").exists()}
@@ -392,8 +394,10 @@ def open_sets(args, policy, rank):
     if dist.is_initialized():
         dist.barrier()
     fit, horizon = "stretch" if isinstance(policy, policies.OpenVLA) else "pad", policy.settings.get("horizon", 1)
-    sets = {name: real_data.open_dataset(path, policy.image_size, horizon, args.camera, fit).split(args.held_out)
-            for name, path in demo_paths(args, policy.image_size).items()}
+    sets = {}
+    for name, path in demo_paths(args, policy.image_size).items():
+        demos = real_data.open_dataset(path, policy.image_size, horizon, args.camera, fit)
+        sets[name] = [part and part.without_pauses(args.pause) for part in demos.split(args.held_out)]
     return {name: pair[0] for name, pair in sets.items()}, {name: pair[1] for name, pair in sets.items()}
 
 # ---- the policy ----------------------------------------------------------------------------------------------
@@ -416,6 +420,11 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / (args.warmup + 1)
     cosine = .5 + .5 * math.cos(math.pi * min(1, (step - args.warmup) / max(1, last - args.warmup)))
     return args.lr * (args.final_lr + (1 - args.final_lr) * cosine)
+
+def changed_flags(before, now, free):
+    """What differs between two dicts of flags, except for those that are free to change: ["--lr was 1, is 2"]."""
+    return [f"--{name.replace('_', '-')} was {value}, is {now.get(name)}" for name, value in before.items()
+            if name not in free and now.get(name) != value]
 
 class Trainer:
     """All that changes while training: weights, optimizer, averaged weights, position in the sample stream."""
@@ -471,8 +480,7 @@ class Trainer:
 
     def load(self, path):
         state, now = torch.load(path, map_location="cpu", weights_only=True), vars(self.args)
-        wrong = [f"--{name.replace('_', '-')} was {value}, is {now.get(name)}" for name, value in state["args"].items()
-                 if name not in ("resume", "ranks", "device", "out", "steps") and now.get(name) != value]
+        wrong = changed_flags(state["args"], now, ("resume", "ranks", "device", "out", "steps"))
         if wrong or set(state["weights"]) != set(self.named):
             raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
         with torch.no_grad():

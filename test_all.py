@@ -578,6 +578,20 @@ def test_landmarks_and_state_are_measured():
     assert obs["state"][:, 6] == pytest.approx(np.full(2, .08), abs=1e-6)
 
 
+def test_mirrored_drawers_are_the_other_way_round():
+    """In `pretrain` the cabinet stands on the robot's left and opens to the right; in the other domains never."""
+    for domain, side in (("sim", 1), ("real", 1), ("pretrain", -1)):
+        env = envs.VecEnv("open-drawer", domain, 6, image_size=0)
+        env.reset()
+        scene = env.scenes["drawer"]
+        model, data = scene.batch.get_model(0), scene.batch.get_data(0)
+        mujoco.mj_kinematics(model, data)
+        assert env.object[0] == pytest.approx(data.geom("handle").xpos, abs=1e-6)
+        assert ((env.goal - env.object)[:, 1] * side > .18).all()
+        assert ((env.object - scene.mocap_pos[:, 1])[:, 1] * side > .16).all()
+        assert ((scene.mocap_pos[:, 1, 1] - envs.LOOK_AT[1]) * side < -.2).all()
+
+
 def test_landmarks_in_the_picture_are_where_mujoco_draws_them():
     env = envs.VecEnv("all", "pretrain", num_envs=6, image_size=64)
     env.reset()
@@ -1890,6 +1904,33 @@ def test_data_split_is_by_episode(tmp_path):
         demos.select([3, 11])
 
 
+def test_data_without_pauses(tmp_path):
+    """Left out: small motions with the gripper as before, in the middle of an episode; windows skip them too."""
+    still, move, turn = np.zeros((3, 7), np.float32)
+    still[:3], move[1], turn[4] = .0015, .01, .03               # norms: .0026 m, .01 m, .03 rad
+    still[6] = move[6] = turn[6] = 1
+    shut = -still
+    plans = [[still, move, still, still, turn, shut, shut, move * [1, 1, 1, 1, 1, 1, -1]], [shut, shut, -move], [still]]
+    kept = [[0, 1, 4, 5, 7], [0, 2], [0]]
+    episodes = [(np.full((len(plan), 8, 8, 3), 40 * k, np.uint8), np.arange(len(plan) * 8.).reshape(-1, 8).astype(np.float32),
+                 np.stack(plan).astype(np.float32), f"task {k}", k) for k, plan in enumerate(plans)]
+    real_data.write_dataset(tmp_path / "set", iter(episodes), fps=5)
+    whole = real_data.open_dataset(tmp_path / "set", None, 3, cache_dir=tmp_path / "cache")
+    demos = whole.without_pauses(.003)
+    assert demos.lengths.tolist() == [5, 2, 1] and len(demos) == 8 and len(whole) == 12
+    batch, k = data_all(demos), 0
+    for plan, rows, (images, states, _, text, _) in zip(plans, kept, episodes):
+        for t, row in enumerate(rows):
+            assert (batch["state"][k] == states[row]).all() and batch["instructions"][k] == text
+            assert np.abs(batch["images"][k].astype(int) - images[row]).max() < 12           # the codec's error
+            assert batch["pad"][k].tolist() == [t + h >= len(rows) for h in range(3)]
+            assert (batch["actions"][k] == [plan[rows[min(t + h, len(rows) - 1)]] for h in range(3)]).all()
+            k += 1
+    same = whole.without_pauses(0)
+    assert (same.rows == whole.rows).all() and (same.ends == whole.ends).all() and (same.actions == whole.actions).all()
+    assert whole.without_pauses(.002).lengths.tolist() == [8, 3, 1]         # .0026 m is no pause by this measure
+
+
 def test_data_resize_equals_the_official_pixels():
     truth = np.load(data_fixture("pi05_preproc") / "preproc.npz")
     for name in ("img_wide", "img_tall"):
@@ -2897,7 +2938,7 @@ def test_rl_gae_is_the_double_sum():
 class RlToy:
     """Two steps an episode. Success: the first number of the action is positive, decided by the first step. Odd
     environments never terminate: they run into the time limit."""
-    num_envs = 16
+    num_envs, tasks, task = 16, ["push-cube"], np.full(16, "push-cube", object)
 
     def __init__(self, seed=0):
         self.images = np.random.default_rng(seed).integers(0, 256, (2 * self.num_envs, 64, 64, 3), np.uint8)
@@ -2934,7 +2975,8 @@ def rl_check_rollout():
     assert torch.allclose(data["values"], first.expand(4, 16), atol=1e-5)
     assert torch.allclose(data["next_values"], torch.stack([first, ends, first, ends]), atol=1e-5)
     assert data["ended"].tolist() == [[False] * 16, [True] * 16] * 2
-    assert log["episodes"] == 16 and 0 <= log["successes"] <= 16 and log["reward"] == data["rewards"].sum()
+    assert log["episodes/push-cube"] == 16 and 0 <= log["successes/push-cube"] <= 16
+    assert log["reward"] == data["rewards"].sum()
     assert torch.allclose(data["logp"], policy.evaluate(**rl_cotrain.take(data, torch.arange(64)))[0], atol=1e-4)
     return data
 
@@ -3132,7 +3174,7 @@ def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
     rl_cotrain.co_train(rl_cotrain.parse([*flags, "--lambda-real", "0", "--eval-episodes", "0"]))
     assert os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime == before
     assert "RL in simulation alone" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds another Stage I: --steps 2 there, 3 here"):
+    with pytest.raises(ValueError, match="holds another Stage I: --steps was 2, is 3"):
         rl_cotrain.co_train(rl_cotrain.parse([*flags, "--sft-steps", "3"]))
 
 
