@@ -391,13 +391,13 @@ def test_objects_are_at_least_three_pixels_wide_and_inside_the_picture(domain):
 def test_real_differs_in_every_parameter_and_gap_switches_parts():
     for part, rows in envs.PARAMETERS.items():
         for name, (sim, real, _) in rows.items():
-            assert sim != real, f"{part}.{name} is the same in both domains"
+            assert sim != real or name == "side", f"{part}.{name} is the same in both domains"
     off = dict.fromkeys(envs.PARAMETERS, False)
     sim = envs.VecEnv("all", image_size=0).parameters
     assert envs.VecEnv("all", "real", image_size=0, gap=envs.Gap(**off)).parameters == sim
     for part, rows in envs.PARAMETERS.items():
         one = envs.VecEnv("all", "real", image_size=0, gap=envs.Gap(**{**off, part: True})).parameters
-        assert {name for name in one if one[name] != sim[name]} == set(rows)
+        assert {name for name in one if one[name] != sim[name]} == set(rows) - {"side"}         # of `pretrain` only
 
 
 def test_gap_parts_are_independent():
@@ -1179,7 +1179,8 @@ def test_flow_noise_moments_match_the_formula():
 
 
 def test_token_frequencies_match_the_softmax(policy_pair):
-    """Chi-square of 12,000 first tokens against the probabilities, temperature 0.5 (255 degrees of freedom)."""
+    """Chi-square of 12,000 first tokens against the probabilities, temperature 0.5; tokens of which fewer than 5 are
+    expected count as one: alone each is far from normally distributed."""
     policy = policies.make_tiny("openvla", temperature=0.5)
     with torch.no_grad():
         policy.language_model["lm_head"].weight *= 8
@@ -1198,8 +1199,10 @@ def test_token_frequencies_match_the_softmax(policy_pair):
     with torch.no_grad():
         probs = policy.action_log_probs(hidden_of_one(features, *policy.prompt(texts))[0][:, -1])[0].exp()
     assert probs.max() > 3 / 256, "too flat to tell anything"
-    chi2 = ((counts - 12000 * probs) ** 2 / (12000 * probs)).sum().item()
-    assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255), chi2
+    often = 12000 * probs >= 5
+    pool = lambda x: torch.cat([x[often], x[~often].sum()[None]])      # noqa: E731
+    chi2, freedom = ((pool(counts) - 12000 * pool(probs)) ** 2 / (12000 * pool(probs))).sum().item(), int(often.sum())
+    assert freedom > 30 and abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), (chi2, freedom)
 
 
 def test_openvla_logp_is_the_softmax_over_256(policy_pair):
