@@ -111,8 +111,12 @@ PARAMETERS = {
         cubes=((("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
                 ("green", (.10, .65, .25)), ("orange", (.95, .45, .05))),
                (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62))),
-               (("cyan", (.10, .78, .85)), ("magenta", (.82, .10, .72)), ("lime", (.62, .93, .10)),
-                ("navy", (.05, .08, .38)), ("grey", (.50, .50, .52)), ("maroon", (.45, .04, .14)))),
+               (("red", [(.95, .15, .12), (.58, .02, .04)]), ("green", [(.05, .40, .10), (.30, .90, .15)]),
+                ("blue", [(.05, .14, .55), (.25, .50, 1.)]), ("yellow", [(1., .95, .40), (.80, .74, .02)]),
+                ("orange", [(1., .60, .25), (.80, .32, .02)]), ("purple", [(.30, .05, .45), (.60, .35, .85)]),
+                ("pink", [(1., .66, .80), (.85, .30, .50)]), ("brown", [(.54, .34, .22), (.28, .12, .03)]),
+                ("white", [(.85, .85, .80), (.78, .86, .92)]), ("black", [(.18, .16, .18), (0., 0., 0.)]),
+                ("grey", [(.40, .42, .44), (.62, .60, .58)]))),        # the 11 basic colour words; other shades
         cabinet=((.93, .93, .90), (.85, .88, .92), [(.60, .45, .30), (.35, .40, .50), (.75, .65, .75)]),
         handle=((.08, .08, .08), (.16, .14, .13), [(.85, .75, .20), (.75, .75, .78), (.70, .15, .15), (.20, .25, .60)]),
         handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)),   # x plate size; m of drawer travel
@@ -545,7 +549,7 @@ class VecEnv:
         self.named[i] = layout.integers(3)
         self.instruction[i] = self.instruction[i].format(colour=cubes[self.named[i]][0])
         for k, (_, rgb) in enumerate(cubes):
-            scene.set_geom(i, f"cube{k}", rgba=(*rgb, 1))
+            scene.set_geom(i, f"cube{k}", rgba=(*draw(layout, rgb), 1))      # pretrain: one of several shades
             yaw = layout.uniform(-.5, .5) * START_TURN
             self.start[i, k] = self.start_xy(layout, "cube") + (0, CUBE_LANES[k])
             scene.qpos[i, 9 + 7 * k:16 + 7 * k] = *self.start[i, k], CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)

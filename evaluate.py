@@ -126,7 +126,7 @@ def wrong_instructions(env):
         if task == "push-cube":                                # the scene knows the cubes' colours, not their names
             scene = env.scenes["push"]
             rgb = scene.field("geom_rgba")[i, scene.model.geom(f"cube{(env.named[i] + 1) % 3}").id, :3]
-            colour = min(env.drawn[i].cubes, key=lambda cube: np.abs(rgb - cube[1]).sum())[0]
+            colour = min(env.drawn[i].cubes, key=lambda cube: np.abs(rgb - cube[1]).sum(-1).min())[0]
         other = {"push-cube": task, "open-drawer": "close-drawer"}.get(task, "open-drawer")
         texts.append(envs.TASKS[other].instruction.format(colour=colour))
     return texts

@@ -353,8 +353,10 @@ class Policy(nn.Module):
             raise ValueError("\n".join(bad))
         return images.to(self.device)
 
-    def masked_mean(self, loss, pad):
-        """Mean of loss (B, H) over the steps that are not padding."""
+    def reduce(self, loss, pad, reduction):
+        """`none`: loss (B, H) as it is; `mean`: its mean over the steps that are not padding."""
+        if reduction == "none":
+            return loss
         keep = torch.ones_like(loss) if pad is None else 1 - torch.as_tensor(pad)[:, :loss.shape[1]].to(loss)
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
@@ -543,14 +545,14 @@ class OpenVLA(Policy):
         logp = log_probs.gather(2, (tokens - self.vocab + 256)[..., None]).sum((1, 2))
         return logp, -(log_probs.exp() * log_probs).sum(2).mean(1), self.value_head(states[:, 0])[:, 0]
 
-    def bc_loss(self, images, instructions, actions, pad=None):
-        """-mean log p of the 7 action tokens and </s>, over the whole vocabulary; step 0 of chunks."""
+    def bc_loss(self, images, instructions, actions, pad=None, reduction="mean"):
+        """-mean log p of the 7 action tokens and </s>, over the whole vocabulary; step 0 of chunks. `none`: (B, 1)."""
         images = self.check(images, instructions, actions, pad)
         tokens = self.to_tokens(torch.as_tensor(actions)[:, 0])                          # (B, 7)
         logits = self.logits(self.hidden(images, *self.prompt(instructions), tokens)[0][:, -ACTION_DIM - 1:])
         targets = F.pad(tokens, (0, 1), value=self.eos)                                  # (B, 8)
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1, keepdim=True)
-        return self.masked_mean(loss, pad)
+        return self.reduce(loss, pad, reduction)
 
     def json_files(self):
         """What the official folder holds beside weights and tokenizer."""
@@ -812,13 +814,14 @@ class Pi05(Policy):
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
         return (self.velocity(x_t[:, None], t[:, None], kv, valid)[0][:, 0] - (noise - actions)) ** 2
 
-    def bc_loss(self, images, instructions, actions, pad=None, generator=None, state=None, camera_mask=None):
-        """Flow matching, t ~ 0.001 + 0.999 Beta(1.5, 1): mean over the 7 real dims of unpadded steps."""
+    def bc_loss(self, images, instructions, actions, pad=None, reduction="mean", generator=None, state=None,
+                camera_mask=None):
+        """Flow matching, t ~ 0.001 + 0.999 Beta(1.5, 1): mean over the 7 dims of unpadded steps. `none`: (B, H)."""
         _, kv, valid = self.observe(images, instructions, state, camera_mask, actions, pad)
         actions = self.normalize(actions, state)[:, :self.horizon]                       # (B, H, A)
         noise = torch.randn(actions.shape, generator=generator, device=self.device)
         t = 0.001 + 0.999 * torch.rand(len(actions), generator=generator, device=self.device) ** (1 / 1.5)
-        return self.masked_mean(self.flow_loss(kv, valid, actions, noise, t)[..., :ACTION_DIM].mean(-1), pad)
+        return self.reduce(self.flow_loss(kv, valid, actions, noise, t)[..., :ACTION_DIM].mean(-1), pad, reduction)
 
     def json_files(self):
         """openpi's folder: config.json, and assets/<data set>/norm_stats.json with the actions as "actions"."""
@@ -890,12 +893,13 @@ def init_weights(policy, seed, only=""):
     generator, gemma = torch.Generator().manual_seed(seed), isinstance(policy, Pi05)
     last = [f"{head}{len(getattr(policy, head[:-1])) - 1}.weight" for head in HEADS[:1 + gemma]]
     small = (*last, "lm_head.weight", "action_out_proj.weight", "_token", "latent")
-    place = ("pos_embed", "position_embedding.weight")   # beside patch embeddings of about 1: seen from the first step
+    # Beside patch embeddings of about 1: seen from the first step. Gemma multiplies its words by the root of the width.
+    place = ("pos_embed", "position_embedding.weight") + ("embed_tokens.weight",) * (not gemma)
     for key, shape in [(key, p.shape) for key, p in policy.named_parameters() if key.startswith(only)]:
         p, (module, name) = nn.Parameter(torch.zeros(shape)), key.rpartition(".")[::2]
         if len(shape) > 1 and ".dense." not in key:
             fan = shape[0] / 2 if key.startswith(HEADS) else shape[1:].numel()
-            std = .02 if key.endswith(small) else .3 if key.endswith(place) else fan ** -0.5
+            std = .02 if key.endswith(small) else 1. if key.endswith(place) else fan ** -0.5
             nn.init.normal_(p, std=std, generator=generator)
         elif name != "bias" and ".dense." not in key:    # norms and LayerScale; Gemma stores w - 1
             p.fill_(0.0 if gemma and key.startswith("language_model") else 1.0)
@@ -980,7 +984,7 @@ WORDS = """pick up the object on table and place it into white tray put plate bo
 green blue yellow orange purple pink brown black gray a of in from left right top bottom middle block can banana carrot
 bottle cup box ball spoon mug sponge apple lemon pepper bread toy goal target move forward away front one thing dish
 drop round slide pull shut out it must be handle
-cyan magenta lime navy grey maroon white belongs robot shove""".split()
+grey white belongs robot shove""".split()
 TINY = dict(
     openvla=dict(
         model_type="openvla", architectures=["OpenVLAForActionPrediction"], n_action_bins=256, image_sizes=[64, 64],

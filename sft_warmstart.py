@@ -15,6 +15,7 @@ Special cases: alpha = 0 is real-only, 1 sim-only; --scratch skips pre-training;
 Pre-training  the same loop on the domain `pretrain` of envs.py, which shares no texture, camera, colour or shape
               with the other two, plus aux_weight * L_aux: a linear head on the hidden state of the last prompt
               token, dropped afterwards, tells where tool, named object and goal are; another does on the towers.
+              In place of real and simulated samples it mixes first pictures and whole episodes.
 Ranks         each draws its share of the global batch; gradients are summed. Their number changes no sample.
 Resume        --resume goes on from OUT/resume.pt, bit for bit on one CPU rank. Random numbers of a step are a
               function of (seed, step, rank): there is no generator state to lose. Ctrl-C saves, then ends.
@@ -49,9 +50,12 @@ import policies
 import real_data
 
 EVAL_SEED = 999_983                     # of the scenes of every evaluation; demonstrations must have another
+FIRST_SEED = 500                        # + that: of the first pictures
+FIRST_TASKS = "pick-place", "push-cube"                            # where an object must be found, and told from others
 EVAL_TEMPERATURE = .6                   # of OpenVLA's tokens in evaluations, as in RL4VLA and RLinf
 PRETRAIN_SEED = 77_000                  # of the scenes of pre-training, which are in a domain of their own anyway
 DOMAINS = ("real", "sim")               # in the order of MixSampler: batch["sim"] is the index
+PRETRAIN_PARTS = ("first", "whole")     # what takes their places in --pretrain: first pictures, whole episodes
 NAMES = dict(sim="sim", real="stand-in", pretrain="pretrain")
 MUON_FACTOR = 7                         # Muon's learning rate / AdamW's: its steps have unit spectral norm
 LANDMARK_CENTRE, LANDMARK_SCALE = (.48, -.02, .10), .1             # m: what the auxiliary head's 0 and 1 mean
@@ -94,7 +98,9 @@ def parse(argv=None):
     add("--out", default="runs/sft", help="folder of this run")
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --steps must be as they were")
     add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
-    add("--pretrain-episodes", type=int, default=8000, help="episodes of all tasks to record for it, >= 2")
+    add("--pretrain-episodes", type=int, default=14000, help="episodes of all tasks to record for it, >= 2")
+    add("--first-pictures", type=int, default=32000, help="and first pictures of more of them, see record_first, >= 32")
+    add("--first-ratio", type=float, default=.3, help="P(a sample of --pretrain is one of those), 0 to 1")
     add("--aux-weight", type=float, default=1., help="of the landmark loss in --pretrain, >= 0")
     add("--half", action="store_true", help="store OUT/policy in half precision")
     add("--seed", type=int, default=0, help=f"of demonstrations, sampling and weights, >= 0; not {EVAL_SEED}")
@@ -249,82 +255,106 @@ def augment(images, recipe):
 # ---- the loss ------------------------------------------------------------------------------------------------
 
 class Probe(nn.Module):
-    """Auxiliary heads for the labels of VecEnv.landmarks, (B, 3, 5): xyz and the place in the picture of tool, named
-    object and goal. One reads the hidden state of the last prompt token, in bc_loss's own forward pass; the other each
-    patch alone: is the landmark in here, and where? It cannot know which object is meant, but towers see sooner."""
+    """Auxiliary losses that teach a new policy to see and to tell what words mean, dropped afterwards. Labels are those
+    of VecEnv.landmarks, (B, 3, 5): xyz and the place in the picture of tool, named object and goal. The sum of
+      where    every token of the prompt tells the landmarks, linearly, from its hidden state in bc_loss's own pass
+      patch    each patch alone tells whether a landmark is in it, and where: it cannot know which object is meant
+      match    the patch with the named object, as the decoder gets it, resembles the words of the prompt more than
+               other words: log softmax of cosines, as CLIP has it for whole pictures
+      look     -log of the attention that the patch with the named object gets, mean over words and heads of the
+               first layer: without it, attention finds the one word and the one patch that matter far too late."""
 
     def __init__(self, policy):
         super().__init__()
         self.is_causal = isinstance(policy, policies.OpenVLA)
         decoder = policy.language_model["model"] if self.is_causal else policy.language_model
-        self.prompt = nn.Linear(policy.value_head[0].in_features, 15)
+        self.table, self.layer = (decoder.embed_tokens,), (decoder.layers[0],)           # in tuples: not of this module
+        self.projector = (policy.project if self.is_causal else policy.multi_modal_projector["linear"],)
+        self.where = nn.Linear(policy.value_head[0].in_features, 15)
         self.patch = nn.Linear(policy.feature_shape[1], 9)                   # logit and offset (2) of each landmark
+        self.match = nn.Parameter(torch.zeros(decoder.embed_tokens.num_embeddings))      # how common words are
         for p in self.parameters():
             nn.init.zeros_(p)
         side = math.isqrt(policy.feature_shape[0])
         at = (torch.arange(side) + .5) / side * 2 - 1                        # centres of the patches, (T, 2)
         self.register_buffer("centres", torch.stack([at.repeat(side), at.repeat_interleave(side)], 1))
-        self.hook = decoder.register_forward_hook(self.listen)             # removed after training
+        self.hooks = [decoder.register_forward_hook(self.listen), self.layer[0].register_forward_pre_hook(self.look)]
 
     def listen(self, module, inputs, outputs):
-        hidden = outputs[0]
-        if self.is_causal:                   # [.. prompt] a_0 .. a_6
-            self.hidden = hidden[:, -policies.ACTION_DIM - 1]
-        else:                                # the prompt is padded on the right; inputs: x, positions, mask
-            last = inputs[2][:, 0, 0].float().cumsum(1).argmax(1)
-            self.hidden = hidden[torch.arange(len(hidden)), last]
+        self.hidden, valid = outputs[0], inputs[2][:, 0, -1]                 # (B, L, D), (B, L)
+        place, first = torch.arange(valid.shape[1], device=valid.device), len(self.centres) + self.is_causal
+        behind = policies.ACTION_DIM * self.is_causal                        # OpenVLA: BOS patches prompt a_0 .. a_6
+        self.words = valid & (place >= first) & (place < len(place) - behind)            # (B, L)
+        self.last = (self.words * place).argmax(1)
 
-    def forward(self, features, landmarks):
-        """L_aux (scalar) and the mean position error [m] of the first head; landmarks (B, 3, 5)."""
-        centre = landmarks.new_tensor([*LANDMARK_CENTRE, 0, 0])
-        scale = landmarks.new_tensor([LANDMARK_SCALE] * 3 + [.3] * 2)
-        told, target = self.prompt(self.hidden.float()).view_as(landmarks), (landmarks - centre) / scale
-        loss, error = F.smooth_l1_loss(told, target, beta=.1), (told - target)[..., :3].detach() * LANDMARK_SCALE
+    def look(self, layer, inputs):
+        """Attention of the first layer, (B, heads, L, L), which its own fused kernel does not show."""
+        x, rotary, mask = inputs[:3]
+        h = layer.input_layernorm(x, None)[0]
+        q, k = (layer.self_attn[name](h).unflatten(2, (-1, layer.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+        scores = policies.rotate(q, *rotary) @ policies.rotate(k, *rotary).transpose(2, 3) / layer.head_dim ** .5
+        self.attention = scores.masked_fill(~mask, -math.inf).softmax(3)
+
+    def forward(self, features, landmarks, ids, mask):
+        """L_aux (scalar), and the mean position error [m] told by the last token. landmarks (B, 3, 5); ids and mask of
+        the prompts (B, n)."""
+        rows, centre = torch.arange(len(ids)), landmarks.new_tensor([*LANDMARK_CENTRE, 0, 0])
+        target = (landmarks - centre) / landmarks.new_tensor([LANDMARK_SCALE] * 3 + [.3] * 2)
+        told = self.where(self.hidden.float()).unflatten(2, target.shape[1:])                   # (B, L, 3, 5)
+        where = F.smooth_l1_loss(told, target[:, None].expand_as(told), beta=.1, reduction="none").mean((2, 3))
+        error = (told[rows, self.last] - target)[..., :3].detach() * LANDMARK_SCALE
         features, place = features.flatten(1, -2), landmarks[:, None, :, 3:]                    # (B, T, D), (B,1,3,2)
-        told = self.patch(features).unflatten(2, (3, 3))                                        # (B, T, 3, 3)
         away = place - self.centres[:, None]                                                    # (B, T, 3, 2)
         nearest = away.abs().amax(3).argmin(1)                                                  # (B, 3) patches
         pick = lambda x: x.gather(1, nearest[:, None, :, None].expand(-1, 1, -1, x.shape[3]))[:, 0]         # (B, 3, ..)
-        loss = loss + PATCH_WEIGHT * F.cross_entropy(told[..., 0], nearest)
-        loss = loss + F.smooth_l1_loss(pick(told[..., 1:]), 4 * pick(away), beta=.1)            # 1 = half a patch of 16
+        told = self.patch(features).unflatten(2, (3, 3))                                        # (B, T, 3, 3)
+        patch = PATCH_WEIGHT * F.cross_entropy(told[..., 0], nearest)
+        patch = patch + F.smooth_l1_loss(pick(told[..., 1:]), 4 * pick(away), beta=.1)          # 1 = half a patch of 16
+        seen, table = self.projector[0](features[rows, nearest[:, 1]]).float(), self.table[0].weight         # (B, D)
+        match = (10 * F.normalize(seen, dim=1) @ F.normalize(table, dim=1).T + self.match).log_softmax(1)    # (B, V)
+        looked = self.attention[rows, :, :, nearest[:, 1] + self.is_causal].mean(1)             # (B, L)
+        looked = (looked * self.words).sum(1) / self.words.sum(1)
+        loss = where[rows, self.last].mean() + where[self.words].mean() + patch
+        loss = loss - match.gather(1, ids)[mask].mean() - (looked + 1e-6).log().mean()
         return loss, error.norm(dim=2).mean()
 
-def part_losses(policy, batch, args, probe=None, train=False):
-    """Yields (domain, samples, steps that are no padding, L_SFT, L_aux, position error [m]) of micro-batches of this
-    rank's share, each of one domain only."""
+def part_names(args):
+    """What the two parts of a batch are called in logs."""
+    return PRETRAIN_PARTS if args.pretrain else DOMAINS
+
+def micro_losses(policy, batch, args, probe=None, train=False):
+    """Yields (rows, L_SFT (b, H) of each step, L_aux, position error [m]) of micro-batches of this rank's share."""
     reads_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
-    for domain in (0, 1):
-        rows = np.flatnonzero(batch["sim"] == domain)
-        for at in range(0, len(rows), args.micro_batch):
-            part = rows[at:at + args.micro_batch]
-            images = torch.from_numpy(batch["images"][part]).to(policy.device)
-            images = augment(images, args.augment) if train and args.augment != "none" else images
-            state = torch.from_numpy(batch["state"][part])
-            pad = torch.from_numpy(batch["pad"][part])[:, :policy.settings.get("horizon", 1)]
-            images = policy.encode_images(images) if probe else images
-            texts, actions = [batch["instructions"][i] for i in part], torch.from_numpy(batch["actions"][part])
-            loss = policy.bc_loss(images, texts, actions, pad, **dict(state=state) if reads_state else {})
-            aux, error = probe(images, state[:, -15:].view(-1, 3, 5).to(loss.device)) if probe else loss.new_zeros(2)
-            yield domain, len(part), int((~pad).sum()), loss, aux, error
+    for rows in np.split(np.arange(len(batch["sim"])), range(args.micro_batch, len(batch["sim"]), args.micro_batch)):
+        images = torch.from_numpy(batch["images"][rows]).to(policy.device)
+        images = augment(images, args.augment) if train and args.augment != "none" else images
+        images = policy.encode_images(images) if probe else images
+        texts, actions = [batch["instructions"][i] for i in rows], torch.from_numpy(batch["actions"][rows])
+        state = torch.from_numpy(batch["state"][rows])
+        loss = policy.bc_loss(images, texts, actions, reduction="none", **dict(state=state) if reads_state else {})
+        aux, error = loss.new_zeros(2)
+        if probe:
+            aux, error = probe(images, state[:, -15:].view(-1, 3, 5).to(loss.device), *policy.prompt(texts))
+        yield rows, loss, aux, error
 
 def loss_and_gradients(policy, batch, args, probe=None):
-    """Gradients of L_b (see the header) summed over ranks; returns {name: value} of the global batch."""
-    domains, horizon = torch.from_numpy(batch["sim"]).long(), policy.settings.get("horizon", 1)
-    steps = (~torch.from_numpy(batch["pad"])[:, :horizon]).sum(1)                           # (b,)
-    count = torch.stack([torch.bincount(domains, weights=w.double(), minlength=2) for w in (steps > 0, steps)])
-    samples, steps = all_sum(count.to(policy.device))       # N_d and unpadded steps, (2,) each, over all ranks
-    share = samples / samples.sum()                                                          # N_d / B
-    sums = torch.zeros(4, dtype=torch.float64)                                               # real, sim, aux, error
-    for domain, n, k, loss, aux, error in part_losses(policy, batch, args, probe, train=True):
-        mean = loss * (k / steps[domain]).float()            # this part of L_SFT(domain)
-        weight = n / samples.sum()
-        total = share[domain].float() * mean + args.aux_weight * weight.float() * aux
-        total.backward()
-        parts = (mean * (domain == 0), mean * (domain == 1), weight * aux, weight * error)
-        sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
-    real, sim, aux, error = all_sum(sums.to(policy.device)).tolist()
+    """Gradients of L_b (see the header) summed over ranks; returns {name: value} of the global batch. Both domains are
+    in the same forward pass; each step weighs what it does in the mean of its domain:
+        L_b = sum_d N_d/B * 1/K_d * sum of the losses of domain d's steps           K_d: steps that are no padding"""
+    domains = torch.from_numpy(batch["sim"]).long().to(policy.device)                        # (b,)
+    keep = ~torch.from_numpy(batch["pad"]).to(policy.device)[:, :policy.settings.get("horizon", 1)]         # (b, H)
+    count = torch.stack([torch.bincount(domains, weights=w.double(), minlength=2) for w in (keep.any(1), keep.sum(1))])
+    samples, steps = all_sum(count)          # N_d and K_d, (2,) each, over all ranks
+    share, weight = (samples / samples.sum()).float(), keep / steps.float()[domains, None]  # N_d/B (2,), 1/K_d (b, H)
+    sums = torch.zeros(4, dtype=torch.float64, device=policy.device)                         # real, sim, aux, error
+    for rows, loss, aux, error in micro_losses(policy, batch, args, probe, train=True):
+        mean, n = (weight[rows] * loss).sum(1), len(rows) / samples.sum().float()            # mean (b,)
+        ((share[domains[rows]] * mean).sum() + args.aux_weight * n * aux).backward()
+        of_domains = torch.bincount(domains[rows], weights=mean.detach().double(), minlength=2)
+        sums += torch.cat([of_domains, torch.stack([n * aux.detach(), n * error]).double()])
+    real, sim, aux, error = all_sum(sums).tolist()
     sum_gradients([p for p in policy.parameters() if p.requires_grad] + list(probe.parameters() if probe else ()))
-    logs = {f"loss/{name}": value for name, value, n in zip(DOMAINS, (real, sim), samples) if n}
+    logs = {f"loss/{name}": value for name, value, n in zip(part_names(args), (real, sim), samples) if n}
     return logs | dict(loss=share.tolist()[0] * real + share.tolist()[1] * sim) | (
         dict(aux=aux, position_mm=1e3 * error) if probe else {})
 
@@ -332,16 +362,17 @@ def loss_and_gradients(policy, batch, args, probe=None):
 def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
     """{name: value}: loss of up to `most` frames of the held-out episodes of each domain; always the same frames."""
     logs = {}
-    for domain, name in enumerate(DOMAINS):
-        if held_out.get(name):
-            order = np.random.default_rng(0).permutation(len(held_out[name]))[:most][rank::world]
+    for domain, name in zip(DOMAINS, part_names(args)):
+        if held_out.get(domain):
+            order = np.random.default_rng(0).permutation(len(held_out[domain]))[:most][rank::world]
             torch.manual_seed(rank)          # of flow matching's noise
             sums = torch.zeros(4, dtype=torch.float64)
-            batch = held_out[name].batch(order) | dict(sim=np.full(len(order), domain))
-            for _, n, k, loss, aux, error in part_losses(policy, batch, args, probe):
-                sums += torch.tensor([k * loss, k, n * error, n], dtype=torch.float64)
+            batch = held_out[domain].batch(order) | dict(sim=np.zeros(len(order)))
+            keep = ~torch.from_numpy(batch["pad"]).to(policy.device)[:, :policy.settings.get("horizon", 1)]
+            for rows, loss, aux, error in micro_losses(policy, batch, args, probe):
+                sums += torch.tensor([(keep[rows] * loss).sum(), keep[rows].sum(), len(rows) * error, len(rows)])
             total, k, error, n = all_sum(sums.to(policy.device)).tolist()
-            logs |= {f"held_out/{name}": total / k} | ({"held_out/position_mm": 1e3 * error / n} if probe else {})
+            logs |= {f"held_out/{name}": total / k} | ({f"held_out/{name}_mm": 1e3 * error / n} if probe else {})
     return logs
 
 # ---- data ----------------------------------------------------------------------------------------------------
@@ -364,25 +395,40 @@ def record_labelled(block):
             done[number], steps[i] = (*arrays, texts[i], number) if info["success"][i] else None, []
     return [done[number] for number in range(first, first + count) if done[number]]
 
-def make_pretrain_demos(episodes, seed, out, size, block=32):
-    """Writes those of episodes 0 .. episodes - 1 of all tasks, on all cores; which cores there are changes nothing."""
+def record_first(block):
+    """The same of the first pictures alone, of scenes of one of FIRST_TASKS: only the words tell which object is meant
+    (later the arm does, being on its way to it), so that a minute of these teaches them more than hours of episodes."""
+    first, count, seed, size = block
+    task = FIRST_TASKS[first // count % len(FIRST_TASKS)]
+    env = envs.VecEnv(task, "pretrain", count, seed + FIRST_SEED, image_size=size, first_episode=first)
+    obs, label = env.reset(), envs.Expert(env).act()[1]                                      # (N, 7)
+    labelled = np.concatenate([obs["state"], env.landmarks().reshape(-1, 15)], 1)            # (N, 23)
+    return [(obs["images"][i:i + 1], labelled[i:i + 1], label[i:i + 1], obs["instructions"][i], first + i)
+            for i in range(count)]
+
+def make_pretrain_demos(record, episodes, seed, out, size, block=32):
+    """Writes what record makes of episodes 0 .. episodes - 1, on all cores; which cores there are changes nothing."""
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         blocks = [(first, min(block, episodes - first), seed, size) for first in range(0, episodes, block)]
-        parts = tqdm(pool.imap(record_labelled, blocks), f"pretrain, {block} episodes each", len(blocks))
+        parts = tqdm(pool.imap(record, blocks), f"pretrain, {block} episodes each", len(blocks))
         real_data.write_dataset(out, itertools.chain.from_iterable(parts), fps=5)
 
 def demo_paths(args, size):
     """{"sim": path, "real": path} of what alpha needs; records what is neither given nor there."""
-    paths, needed = {}, dict(sim=args.sim_ratio > 0 or args.pretrain, real=args.sim_ratio < 1 and not args.pretrain)
-    for name in [name for name in DOMAINS if needed[name]]:
+    paths, alpha = {}, 1 - args.first_ratio if args.pretrain else args.sim_ratio
+    for name in [name for name, share in zip(DOMAINS, (1 - alpha, alpha)) if share]:
         given, episodes = getattr(args, f"{name}_data"), getattr(args, f"{name}_episodes")
-        label = f"pretrain-{args.pretrain_episodes}" if args.pretrain else f"{name}-{args.task}-{episodes}"
+        label, record = f"{name}-{args.task}-{episodes}", None
+        if args.pretrain:
+            given, part = None, DOMAINS.index(name)
+            record, episodes = ((record_first, args.first_pictures), (record_labelled, args.pretrain_episodes))[part]
+            label = f"pretrain-{PRETRAIN_PARTS[part]}-{episodes}"
         path = pathlib.Path(args.demos, f"{label}-seed{args.seed}-{size}px")
         paths[name] = given or path
         if not given and not path.exists():
             print(f"recording {path}", file=sys.stderr)
-            if args.pretrain:
-                make_pretrain_demos(args.pretrain_episodes, PRETRAIN_SEED + args.seed, path, size)
+            if record:
+                make_pretrain_demos(record, episodes, PRETRAIN_SEED + args.seed, path, size)
             else:
                 real_data.make_demos(args.task, name, episodes, path, args.seed, image_size=size)
     return paths
@@ -519,7 +565,7 @@ class Log:
         matplotlib.use("Agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(figsize=(6, 4))
-        for name in ("loss/sim", "loss/real", "held_out/sim", "held_out/real"):
+        for name in [f"{kind}/{part}" for kind in ("loss", "held_out") for part in DOMAINS + PRETRAIN_PARTS]:
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
                 axes.plot(*zip(*points), "--" if name.startswith("held") else "-", label=name)
@@ -535,7 +581,7 @@ def train(args, policy, rank, world, out):
         stats = real_data.policy_statistics(list(sets.values()), "demos")[1]["norm_stats"]
         policy.set_statistics("demos", dict(action=stats["actions"], state=stats["state"]))
     probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
-    alpha = 1. if args.pretrain else args.sim_ratio
+    alpha = 1 - args.first_ratio if args.pretrain else args.sim_ratio
     sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), alpha, args.batch, args.seed, rank, world)
     # A signal may set `stop` while it is being summed, and ranks must agree: each sends a copy of it.
     trainer, stop = Trainer(args, policy, probe, sampler, rank), torch.zeros(1)
@@ -557,8 +603,8 @@ def train(args, policy, rank, world, out):
     if rank == 0:
         trainer.save(out / "resume.pt")
         log.plot(out / "loss.png")
-    if probe:
-        probe.hook.remove()
+    for hook in probe.hooks if probe else ():
+        hook.remove()
     trainer.use_average()
     return trainer.step >= args.steps
 
