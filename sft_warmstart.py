@@ -291,7 +291,8 @@ class Probe(nn.Module):
         """Attention of the first layer, (B, heads, L, L), which its own fused kernel does not show."""
         x, rotary, mask = inputs[:3]
         h = layer.input_layernorm(x, None)[0]
-        q, k = (layer.self_attn[name](h).unflatten(2, (-1, layer.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+        q, k = (layer.self_attn[name](h).unflatten(2, (-1, layer.head_dim)).transpose(1, 2)      # (B, heads, L, hd)
+                for name in ("q_proj", "k_proj"))
         scores = policies.rotate(q, *rotary) @ policies.rotate(k, *rotary).transpose(2, 3) / layer.head_dim ** .5
         self.attention = scores.masked_fill(~mask, -math.inf).softmax(3)
 
