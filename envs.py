@@ -12,6 +12,7 @@ Action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 
          tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R.
 Image    (H, W, 3) uint8 RGB, top row first, one third-person camera.
 State    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0.
+Truth    (16,) float32: what only a simulator knows, for critics (not for policies); see VecEnv.observe.
 An episode is a function of (seed, domain, episode number): the same scene whatever the number of environments or
 processes. This file needs mujoco and numpy only (imageio for its demo, python envs.py): copy it away alone.
 """
@@ -51,6 +52,7 @@ TASKS = {
     "close-drawer": Task("drawer", 40, "close the drawer", [
         "push the drawer shut", "slide the drawer in", "it must be closed", "close it", "push the handle"])}
 DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
+TRUTH = 16                                       # numbers an environment, see VecEnv.observe
 REWARD_TERMS = ("reach", "touch", "progress", "success")
 
 PHYSICS_DT, BLOCK_STEPS, BLOCKS = .005, 5, 8     # s; 8 blocks of 25 ms with fixed set-points = 0.2 s = a control step
@@ -710,10 +712,14 @@ class VecEnv:
 
     def observe(self, ids):
         """Observation of environments ids: images (n, H, W, 3) uint8 (absent if image_size is 0), instructions, a list
-        of n strings, and state (n, 8) float32. Fresh arrays."""
-        state = np.zeros((len(ids), 8), np.float32)
+        of n strings, state (n, 8) float32, and truth (n, 16) float32: tool, named object, goal from LOOK_AT [10 cm],
+        gripper opening [10 cm], touched before, time left / 80 steps, task (one-hot). Fresh arrays."""
+        state, points = np.zeros((len(ids), 8), np.float32), np.stack([self.tcp, self.object, self.goal], 1)[ids]
         state[:, :3], state[:, 3:6], state[:, 6] = self.tcp[ids], euler_of(self.frame[ids]), self.opening[ids]
-        obs = dict(instructions=list(self.instruction[ids]), state=state)
+        left, task = (self.horizon - self.steps)[ids] / 80, self.task[ids, None] == np.array(list(TASKS))
+        points = ((points - LOOK_AT) * 10).reshape(-1, 9)
+        truth = np.column_stack([points, 10 * state[:, 6], self.touched[ids], left, task])      # (n, 16)
+        obs = dict(instructions=list(self.instruction[ids]), state=state, truth=truth.astype(np.float32))
         if self.image_size:
             open_gl()
             for i in ids:

@@ -48,21 +48,23 @@ from sft_warmstart import NAMES, all_sum, launch, on_signal, sum_gradients
 RL_SEED = 31_000                        # + --seed: of the scenes of Stage II; neither demonstrations' nor evaluation's
 BLOCK = 25                              # episodes that a rank evaluates at once
 EPISODES = 1 << 12                      # numbers set aside for the episodes of an iteration of a rank
+CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the critic that reads the simulator's state
 RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=2e-2)                # of the first ratio after a rollout, which is 1
 
 # openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here.
 PRESETS = {
     "openvla": dict(num_envs=64, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4, value_lr=3e-3,
                     beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
-                    critic_warmup=0),
+                    critic_warmup=0, critic="head", gae_lambda=.95),
     "pi05": dict(num_envs=128, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6, value_lr=2e-4,
-                 beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0., critic_warmup=0),
-    "openvla-tiny": dict(num_envs=64, minibatch=256, micro_batch=256, real_batch=64, epochs=2, lr=2e-4, value_lr=1e-3,
+                 beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0., critic_warmup=0,
+                 critic="head", gae_lambda=.95),
+    "openvla-tiny": dict(num_envs=64, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
                          beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=40, target_kl=.1,
-                         critic_warmup=2),
+                         critic_warmup=2, critic="state", gae_lambda=.5),
     "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
                       beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=40, target_kl=.1,
-                      critic_warmup=6)}
+                      critic_warmup=2, critic="state", gae_lambda=.5)}
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -76,7 +78,6 @@ def parse(argv=None):
     add("--iterations", type=int, help="of rollout and update, >= 0")
     add("--steps", type=int, default=0, help="T: decisions per environment and iteration; 0 = the task's time limit")
     add("--gamma", type=float, default=.99, help="discount per decision, 0 to 1")
-    add("--gae-lambda", type=float, default=.95, help="of generalised advantage estimation, 0 to 1")
     add("--clip", type=float, default=.2, help="epsilon of PPO's ratio, > 0")
     add("--value-clip", type=float, default=.2, help="how far a value may move from the rollout's; 0 = any")
     add("--value-weight", type=float, default=1., help="of the value loss, >= 0")
@@ -107,7 +108,9 @@ def parse(argv=None):
             ("real-batch", int, "real samples per optimizer step over all ranks"),
             ("epochs", int, "passes over an iteration's decisions"), ("lr", float, "learning rate, > 0"),
             ("value-lr", float, "of the value head, > 0"),
-            ("critic-warmup", int, "iterations in which only the value head learns"),
+            ("critic", str, "head (of the policy) or state (a small network that reads the simulator's state)"),
+            ("gae-lambda", float, "of generalised advantage estimation, 0 to 1"),
+            ("critic-warmup", int, "iterations in which only the critic learns"),
             ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"),
             ("clip-norm", float, "norm to which gradients are cut; 0 = never"),
             ("entropy", float, "weight of the entropy bonus, >= 0; 0 = none"),
@@ -142,6 +145,7 @@ def check_args(args):
             min(args.clip, args.lr, args.value_lr) > 0,
         "--num-envs, --minibatch, --micro-batch, --real-batch, --epochs: need 1 or more":
             min(args.num_envs, args.minibatch, args.micro_batch, args.real_batch, args.epochs) > 0,
+        f"--critic {args.critic}: need head or state": args.critic in ("head", "state"),
         "--iterations, --steps, --critic-warmup, --eval-episodes: need 0 or more":
             min(args.iterations, args.steps, args.critic_warmup, args.eval_episodes) >= 0,
         f"--init {args.init}: need sft, base, or a folder": args.init in ("sft", "base") or os.path.isdir(args.init),
@@ -188,7 +192,8 @@ def ppo_loss(logp, entropy, value, old, args):
     error = huber(value)
     if args.value_clip:
         error = torch.max(error, huber(old["value"] + (value - old["value"]).clamp(-args.value_clip, args.value_clip)))
-    loss = policy + args.value_weight * error.mean() - args.entropy * entropy.mean()
+    weight = args.value_weight if args.critic == "head" else 0.
+    loss = policy + weight * error.mean() - args.entropy * entropy.mean()
     return loss, dict(ppo=policy, value=error.mean(), entropy=entropy.mean(), kl=(ratio - 1 - log_ratio).mean(),
                       clipped=((ratio - 1).abs() > args.clip).float().mean(), worst=(ratio - 1).abs().max())
 
@@ -217,7 +222,7 @@ def rollout(policy, env, steps, generator, frozen):
         start = time.perf_counter()
         seen = inputs(policy, obs, frozen)
         decision = policy.act(**seen, generator=generator)
-        middle = time.perf_counter()
+        middle, before = time.perf_counter(), obs
         obs, reward, terminated, truncated, info = env.step(decision.actions.cpu().numpy())
         future = torch.zeros(n, device=policy.device)          # V(final observation) where time was up
         late = [k for k, i in enumerate(info["ended"]) if truncated[i]]
@@ -227,18 +232,22 @@ def rollout(policy, env, steps, generator, frozen):
             future[info["ended"][late]] = value_of(policy, inputs(policy, final, frozen))
         first = [i for i in info["ended"] if outcome[i] < 0]
         outcome[first] = info["success"][first]
-        flags = [torch.from_numpy(x).to(policy.device) for x in (reward, terminated | truncated)]
-        rows.append((seen, decision, *flags, future))
+        truth, final = before["truth"], obs["truth"].copy()    # for a critic; final: after the decision, before resets
+        if len(info["ended"]):
+            final[info["ended"]] = info["final_obs"]["truth"]
+        columns = reward, terminated | truncated, terminated, truth, final
+        rows.append((seen, decision, future, *(torch.from_numpy(x).to(policy.device) for x in columns)))
         seconds["act"] += middle - start
         seconds["env"] += time.perf_counter() - middle
-    seen, decisions, rewards, ended, futures = zip(*rows)
+    seen, decisions, *columns = zip(*rows)
     values = torch.stack([each.value for each in decisions])                                 # (T, N)
     following = torch.cat([values[1:], value_of(policy, inputs(policy, obs, frozen))[None]])
-    rewards, ended, futures = map(torch.stack, (rewards, ended, futures))
+    futures, rewards, ended, terminated, truth, final = map(torch.stack, columns)            # (T, N), (T, N, 16)
     data = {key: torch.cat([each[key] for each in seen]) for key in seen[0] if key != "instructions"}
     data.update(instructions=[text for each in seen for text in each["instructions"]],
                 trace={key: torch.cat([each.trace[key] for each in decisions]) for key in decisions[0].trace},
                 logp=torch.cat([each.logp for each in decisions]), values=values, rewards=rewards, ended=ended,
+                terminated=terminated, truth=truth, final=final,
                 next_values=torch.where(ended, futures, following))
     score = {}
     for task in env.tasks:
@@ -297,12 +306,24 @@ class Learner:
         critic = [p for name, p in self.named.items() if name.startswith("value_head.")]
         self.optimizer = torch.optim.AdamW([dict(params=self.actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
                                            betas=(.9, args.beta2), weight_decay=.01)
+        self.critic = None
+        if args.critic == "state":           # the same weights on all ranks, whatever happened to the global generator
+            torch.manual_seed(args.seed)
+            self.critic = nn.Sequential(nn.Linear(envs.TRUTH, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(),
+                                        nn.Linear(128, 1), nn.Flatten(-2)).to(policy.device)
+            self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.value_lr)
 
     def update(self, data):
         """Epochs of minibatches over this rank's rollout -> {name: mean over optimizer steps}."""
         args, device = self.args, self.policy.device
-        advantage, target = gae(data["rewards"], data["values"], data["next_values"], data["ended"], args.gamma,
-                                args.gae_lambda)                                             # (T, N)
+        if self.critic is not None:
+            with torch.no_grad():
+                data.update(values=self.critic(data["truth"]),
+                            next_values=self.critic(data["final"]) * ~data["terminated"])
+        gains = [data[key] for key in ("rewards", "values", "next_values", "ended")] + [args.gamma]
+        advantage, target = gae(*gains, args.gae_lambda)                                     # (T, N)
+        if self.critic is not None:
+            target = gae(*gains, CRITIC_LAMBDA)[1]
         moments = all_sum(torch.stack([torch.ones_like(advantage), advantage, advantage ** 2]).double().sum((1, 2)))
         mean, square = (moments[1:] / moments[0]).tolist()     # over all ranks
         variance = square - mean ** 2
@@ -330,8 +351,21 @@ class Learner:
                 history.append(logs)
             if args.target_kl and logs["kl"] > args.target_kl:
                 break
+        if self.critic is not None:
+            self.fit_critic(data["truth"].flatten(0, 1), data["target"])
         return {key: float(np.mean([logs[key] for logs in history])) for key in logs} | dict(
             explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"])
+
+    def fit_critic(self, truth, target):
+        """Regression of the value targets (M,) on the simulator's state (M, 16). An asymmetric critic (Pinto et al.
+        2018): only training needs it, and only simulation trains. Pictures tell it a few centimetres, the state all."""
+        for epoch in range(CRITIC_EPOCHS):
+            shuffle = torch.Generator().manual_seed(number(self.args.seed, self.iteration, 1 << 14 | epoch, self.rank))
+            for rows in torch.randperm(len(target), generator=shuffle).to(target.device).split(CRITIC_BATCH):
+                self.critic_optimizer.zero_grad()
+                (F.mse_loss(self.critic(truth[rows]), target[rows]) / self.world).backward()
+                sum_gradients(list(self.critic.parameters()))
+                self.critic_optimizer.step()
 
     def step(self, logs):
         """One optimizer step, unless something is not finite; five of those in a row end the run."""
@@ -347,6 +381,7 @@ class Learner:
         """Everything, under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
         torch.save(dict(args=saved_args(self.args), iteration=self.iteration, optimizer=self.optimizer.state_dict(),
                         weights={name: p.detach() for name, p in self.named.items()},
+                        critic=self.critic and (self.critic.state_dict(), self.critic_optimizer.state_dict()),
                         real=self.real.state_dict() if self.real is not None else None), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
 
@@ -359,6 +394,9 @@ class Learner:
             for name, p in self.named.items():
                 p.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"][0])
+            self.critic_optimizer.load_state_dict(state["critic"][1])
         self.iteration = state["iteration"]
         if self.real is not None:
             self.real.load_state_dict(state["real"])

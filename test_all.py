@@ -350,6 +350,27 @@ def test_the_instruction_names_the_cube():
         assert len(set(env.named)) == 3
 
 
+def test_truth_is_what_the_simulator_knows():
+    """Tool, object, goal, opening, touch, time left and task; of an ended episode as it was before the reset."""
+    env = envs.VecEnv("all", num_envs=8, image_size=0)
+    obs = env.reset()
+    assert obs["truth"].shape == (8, envs.TRUTH) and obs["truth"].dtype == np.float32
+    points = np.concatenate([env.tcp, env.object, env.goal], 1)
+    assert np.allclose(obs["truth"][:, :9] / 10 + np.tile(envs.LOOK_AT, 3), points, atol=1e-6)
+    assert np.allclose(obs["truth"][:, 9], 10 * env.opening) and not obs["truth"][:, 10].any()
+    assert (np.array(list(envs.TASKS))[obs["truth"][:, 12:].argmax(1)] == env.task).all()
+    assert np.allclose(obs["truth"][:, 11], env.horizon / 80)
+    expert, ended = envs.Expert(env), 0
+    while not ended:
+        obs, *_, info = env.step(expert.act()[0][:, None])
+        ended = len(info["ended"])
+    assert (info["final_obs"]["truth"][:, 10] == 1).all()                   # an expert has touched before it succeeds
+    assert np.allclose(80 * info["final_obs"]["truth"][:, 11],
+                       [envs.TASKS[list(envs.TASKS)[k]].horizon for k in info["final_obs"]["truth"][:, 12:].argmax(1)]
+                       - info["length"][info["ended"]])
+    assert not obs["truth"][info["ended"], 10].any()                        # and in the next episode nobody has
+
+
 def test_paraphrases_are_behind_the_flag():
     def texts(**options):
         env = envs.VecEnv("open-drawer", num_envs=40, image_size=0, **options)
@@ -2940,6 +2961,7 @@ def rl_settings(**changed):
     return types.SimpleNamespace(**{**dict(
         clip=.2, value_clip=.2, value_weight=1., entropy=.01, lambda_real=.3, micro_batch=5, minibatch=8, epochs=1, gamma=.9,
         gae_lambda=.8, seed=0, critic_warmup=0, clip_norm=0., target_kl=0., dtype="float32", lr=1e-3, value_lr=1e-3, beta2=.95,
+        critic="head",
         sft=types.SimpleNamespace(augment="none", micro_batch=64, aux_weight=0, pretrain=False)), **changed})
 
 
@@ -3027,7 +3049,8 @@ class RlToy:
 
     def observe(self, rows, shift=0):
         return dict(images=self.images[np.asarray(rows) + shift], instructions=[RL_TEXT] * len(rows),
-                    state=np.zeros((len(rows), 8), np.float32))
+                    state=np.zeros((len(rows), 8), np.float32),
+                    truth=np.repeat((np.asarray(rows) + shift)[:, None], envs.TRUTH, 1).astype(np.float32))
 
     def reset(self):
         self.steps = np.zeros(self.num_envs, int)
@@ -3065,6 +3088,47 @@ def rl_check_rollout():
 
 def test_rl_rollout_bootstraps_time_limits_only():
     rl_check_rollout()
+
+
+def rl_check_state_critic():
+    """It judges states before and after each decision, after it before any reset, terminations 0; it learns targets with
+    a lambda of its own; the policy's value head and what it reads get nothing from it."""
+    policy, env, seen = policies.make_tiny("openvla"), RlToy(), []
+    learner = rl_learner(policy, critic="state", minibatch=64, micro_batch=64)
+    data, _ = rl_cotrain.rollout(policy, env, 4, torch.Generator().manual_seed(0), True)
+    learner.critic = lambda truth: truth[..., 3]
+    learner.fit_critic = lambda truth, target: seen.append((truth, target))
+    before = policy.value_head[-1].weight.clone()
+    learner.update(data)
+    here, odd = torch.arange(16.), torch.arange(16) % 2 > 0
+    ends = torch.where(odd, here + 16, torch.zeros(16))
+    assert torch.equal(data["values"], here.expand(4, 16))
+    assert torch.equal(data["next_values"], torch.stack([here, ends, here, ends]))
+    gains = data["rewards"], data["values"], data["next_values"], data["ended"], .9
+    advantage, target = rl_cotrain.gae(*gains, .8)[0].flatten(), rl_cotrain.gae(*gains, .95)[1].flatten()
+    assert torch.allclose(data["advantage"], (advantage - advantage.mean()) / advantage.std(unbiased=False), atol=1e-3)
+    assert torch.allclose(seen[0][1], target) and torch.equal(seen[0][0], data["truth"].flatten(0, 1))
+    assert (policy.value_head[-1].weight - before).abs().max() < 1e-4      # weight decay alone
+
+
+def test_rl_state_critic_judges_states():
+    rl_check_state_critic()
+
+
+def test_rl_state_critic_learns_its_targets():
+    learner = rl_learner(policies.make_tiny("openvla"), critic="state")
+    truth = torch.rand(2000, envs.TRUTH)
+    target = truth[:, 0] * truth[:, 1] - truth[:, 2]
+    for learner.iteration in range(5):
+        learner.fit_critic(truth, target)
+    with torch.no_grad():
+        assert (learner.critic(truth) - target).pow(2).mean() < .1 * target.var()
+
+
+@pytest.mark.parametrize("old, new", [('* ~data["terminated"]', ""), ('data["final"]', 'data["truth"]'),
+                                      ("gae(*gains, CRITIC_LAMBDA)", "gae(*gains, args.gae_lambda)")])
+def test_rl_mutants_of_the_state_critic_die(monkeypatch, old, new):
+    assert_mutant_dies(monkeypatch, rl_cotrain, rl_cotrain.Learner, "update", old, new, rl_check_state_critic)
 
 
 def rl_learner(policy, **changed):
@@ -3171,6 +3235,7 @@ def rl_check_resume(starts, demos, folder, name="openvla"):
     assert a["iteration"] == b["iteration"] == 2 and a["real"] == b["real"] and a["real"]["step"] > 0
     assert a["weights"].keys() == b["weights"].keys()
     assert all(torch.equal(x, b["weights"][key]) for key, x in a["weights"].items())
+    assert all(torch.equal(x, b["critic"][0][key]) for key, x in a["critic"][0].items())
     rows = [[{key: x for key, x in row.items() if not key.endswith("_s") and key != "held_out/real"}
              for row in sft_metrics(folder / each)] for each in ("whole", "half")]
     assert [row["step"] for row in rows[0]] == [1, 2] and rows[0] == rows[1]
