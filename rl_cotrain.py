@@ -357,7 +357,8 @@ class Learner:
                 break
         if self.critic is not None:
             self.fit_critic(data["truth"].flatten(0, 1), data["target"])
-        return {key: float(np.mean([logs[key] for logs in history])) for key in logs} | dict(
+        kept = [key for key in logs if key != "value" or self.critic is None]     # else of an unused head
+        return {key: float(np.mean([logs[key] for logs in history])) for key in kept} | dict(
             explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"])
 
     def fit_critic(self, truth, target):
