@@ -565,7 +565,8 @@ def plot(rows, path):
             if points:
                 axis.plot(*zip(*points), label=name)
         axis.set(xlabel="iteration", title=title)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
