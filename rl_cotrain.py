@@ -335,6 +335,7 @@ class Learner:
                     target=target.flatten(), value=data["values"].flatten())
         pieces = max(1, round(moments[0].item() / args.minibatch))
         history, frozen = [], self.iteration < args.critic_warmup
+        only_critic = frozen and self.critic is not None       # one minibatch checks the ratio, then the critic learns
         for epoch in range(args.epochs):
             shuffle = torch.Generator().manual_seed(number(args.seed, self.iteration, epoch, self.rank))
             order = torch.randperm(advantage.numel(), generator=shuffle).to(device)
@@ -351,9 +352,9 @@ class Learner:
                 logs["grad_norm"] = nn.utils.clip_grad_norm_(self.named.values(), args.clip_norm or math.inf).item()
                 self.step(logs)
                 history.append(logs)
-                if frozen and self.critic is not None:         # one was to check the ratio, the critic learns below
+                if only_critic:
                     break
-            if frozen and self.critic is not None or args.target_kl and logs["kl"] > args.target_kl:
+            if only_critic or args.target_kl and logs["kl"] > args.target_kl:
                 break
         if self.critic is not None:
             self.fit_critic(data["truth"].flatten(0, 1), data["target"])

@@ -139,6 +139,8 @@ def check_args(args):
     for name, value in PRESETS.get(args.preset, PRESETS["openvla-tiny"]).items():
         if getattr(args, name) is None:
             setattr(args, name, 3 * value if name == "steps" and args.task == "all" else value)
+    if args.pretrain:                        # first pictures take the place of real samples
+        args.sim_ratio = 1 - args.first_ratio
     checks = {
         f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05": kind in ("openvla", "pi05"),
         f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
@@ -323,6 +325,10 @@ def part_names(args):
     """What the two parts of a batch are called in logs."""
     return PRETRAIN_PARTS if args.pretrain else DOMAINS
 
+def kept_steps(policy, batch):
+    """(b, H) bool: the steps of the chunks that the policy predicts and that are no padding."""
+    return ~torch.from_numpy(batch["pad"]).to(policy.device)[:, :policy.settings.get("horizon", 1)]
+
 def micro_losses(policy, batch, args, probe=None, train=False):
     """Yields (rows, L_SFT (b, H) of each step, L_aux, position error [m]) of micro-batches of this rank's share."""
     reads_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
@@ -343,7 +349,7 @@ def loss_and_gradients(policy, batch, args, probe=None):
     in the same forward pass; each step weighs what it does in the mean of its domain:
         L_b = sum_d N_d/B * 1/K_d * sum of the losses of domain d's steps           K_d: steps that are no padding"""
     domains = torch.from_numpy(batch["sim"]).long().to(policy.device)                        # (b,)
-    keep = ~torch.from_numpy(batch["pad"]).to(policy.device)[:, :policy.settings.get("horizon", 1)]         # (b, H)
+    keep = kept_steps(policy, batch)                                                         # (b, H)
     count = torch.stack([torch.bincount(domains, weights=w.double(), minlength=2) for w in (keep.any(1), keep.sum(1))])
     samples, steps = all_sum(count)          # N_d and K_d, (2,) each, over all ranks
     share, weight = (samples / samples.sum()).float(), keep / steps.float()[domains, None]  # N_d/B (2,), 1/K_d (b, H)
@@ -369,7 +375,7 @@ def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
             torch.manual_seed(rank)          # of flow matching's noise
             sums = torch.zeros(4, dtype=torch.float64)
             batch = held_out[domain].batch(order) | dict(sim=np.zeros(len(order)))
-            keep = ~torch.from_numpy(batch["pad"]).to(policy.device)[:, :policy.settings.get("horizon", 1)]
+            keep = kept_steps(policy, batch)
             for rows, loss, aux, error in micro_losses(policy, batch, args, probe):
                 sums += torch.tensor([(keep[rows] * loss).sum(), keep[rows].sum(), len(rows) * error, len(rows)])
             total, k, error, n = all_sum(sums.to(policy.device)).tolist()
@@ -416,8 +422,8 @@ def make_pretrain_demos(record, episodes, seed, out, size, block=32):
 
 def demo_paths(args, size):
     """{"sim": path, "real": path} of what alpha needs; records what is neither given nor there."""
-    paths, alpha = {}, 1 - args.first_ratio if args.pretrain else args.sim_ratio
-    for name in [name for name, share in zip(DOMAINS, (1 - alpha, alpha)) if share]:
+    paths = {}
+    for name in [name for name, share in zip(DOMAINS, (1 - args.sim_ratio, args.sim_ratio)) if share]:
         given, episodes = getattr(args, f"{name}_data"), getattr(args, f"{name}_episodes")
         label, record = f"{name}-{args.task}-{episodes}", None
         if args.pretrain:
@@ -582,8 +588,8 @@ def train(args, policy, rank, world, out):
         stats = real_data.policy_statistics(list(sets.values()), "demos")[1]["norm_stats"]
         policy.set_statistics("demos", dict(action=stats["actions"], state=stats["state"]))
     probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
-    alpha = 1 - args.first_ratio if args.pretrain else args.sim_ratio
-    sampler = real_data.MixSampler(sets.get("sim"), sets.get("real"), alpha, args.batch, args.seed, rank, world)
+    sampler = real_data.MixSampler(
+        sets.get("sim"), sets.get("real"), args.sim_ratio, args.batch, args.seed, rank, world)
     # A signal may set `stop` while it is being summed, and ranks must agree: each sends a copy of it.
     trainer, stop = Trainer(args, policy, probe, sampler, rank), torch.zeros(1)
     if args.resume:
