@@ -428,15 +428,17 @@ class VecEnv:
     variant: "seen", "unseen-objects" (held-out shapes, colours), "unseen-states" (held-out starts); not in pretrain.
     reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
         "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
-    gap: which parts of `real` differ from `sim`.    paraphrase: True = draw the wording (`pretrain` always does).
+    gap: which parts of `real` differ from `sim`.    randomise: which of "visual", "dynamics" are those of `pretrain`.
+    paraphrase: True = draw the wording (`pretrain` always does).
     run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
     first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
 
     def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events",
-                 gap=Gap(), paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
+                 gap=Gap(), randomise=(), paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
         wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
             ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
-            ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS)) if got not in known]
+            ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS),
+            *(("randomise", part, ("visual", "dynamics")) for part in randomise)) if got not in known]
         wrong += [f"{name} must be a whole number from {low} to {high}, got {got!r}" for name, got, low, high in (
             ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("first_episode", first_episode, 0, 1 << 32),
             ("episode_stride", episode_stride, 1, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512))
@@ -448,6 +450,7 @@ class VecEnv:
         self.dense, self.run_to_horizon = reward == "dense", run_to_horizon
         self.first_episode, self.episode_stride = first_episode, episode_stride
         column = {part: DOMAINS.index(domain) * (domain != "real" or getattr(gap, part)) for part in PARAMETERS}
+        column |= dict.fromkeys(randomise, DOMAINS.index("pretrain"))
         self.parameters = {name: row[column[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
         if variant == "unseen-objects":
             self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])

@@ -81,13 +81,15 @@ def parse(argv=None):
     add("--gamma", type=float, default=.99, help="discount per decision, 0 to 1")
     add("--clip", type=float, default=.2, help="epsilon of PPO's ratio, > 0")
     add("--value-clip", type=float, default=.2, help="how far a value may move from the rollout's; 0 = any")
-    add("--value-weight", type=float, default=1., help="of the value loss, >= 0")
+    add("--value-weight", type=float, help="of the value head's loss, >= 0; default: 1, 0 if --critic is state")
     add("--out", help="folder of this run; default runs/rl-POLICY-TASK-lambdaL-seedS")
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --iterations as they were")
     add("--save-every", type=int, default=10, help="iterations between resume.pt; 0 = only at the end")
     add("--eval-episodes", type=int, default=100, help="per task and domain, before and after; 0 = none")
     add("--eval-every", type=int, default=0, help="iterations between evaluations for the curves; 0 = none")
     add("--watch-real", action="store_true", help="log the loss on held-out real demos; opens them also if lambda is 0")
+    add("--randomise", nargs="*", default=[], choices=("visual", "dynamics"),
+        help="domain randomisation: what Stage II's simulation draws anew each episode, as `pretrain` of envs.py does")
     add("--seed", type=int, default=0, help="of everything but the evaluation's scenes, >= 0")
     add("--device", help="cpu or cuda; default: cuda if there is one")
     add("--ranks", type=int, default=0, help="processes; 0 = one per GPU, else one per CPU core; torchrun knows better")
@@ -138,6 +140,8 @@ def check_args(args):
     for key, value in PRESETS[args.sft.preset].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.value_weight is None:            # a head that judges nothing need not learn
+        args.value_weight = float(args.critic == "head")
     args.out = args.out or f"runs/rl-{label}-lambda{args.lambda_real:g}-seed{args.seed}"
     checks = {
         f"--lambda-real {args.lambda_real}: need 0 or more": args.lambda_real >= 0,
@@ -194,8 +198,7 @@ def ppo_loss(logp, entropy, value, old, args):
     error = huber(value)
     if args.value_clip:
         error = torch.max(error, huber(old["value"] + (value - old["value"]).clamp(-args.value_clip, args.value_clip)))
-    weight = args.value_weight if args.critic == "head" else 0.
-    loss = policy + weight * error.mean() - args.entropy * entropy.mean()
+    loss = policy + args.value_weight * error.mean() - args.entropy * entropy.mean()
     return loss, dict(ppo=policy, value=error.mean(), entropy=entropy.mean(), kl=(ratio - 1 - log_ratio).mean(),
                       clipped=((ratio - 1).abs() > args.clip).float().mean(), worst=(ratio - 1).abs().max())
 
@@ -210,13 +213,18 @@ def inputs(policy, obs, frozen):
     return dict(images=images, instructions=obs["instructions"], **dict(
         state=torch.from_numpy(obs["state"])) if reads_state else {})
 
-def value_of(policy, seen):
-    return policy.value_head(policy.prompt_hidden(**seen))[:, 0]
-
 @torch.no_grad()
-def rollout(policy, env, steps, generator, frozen):
-    """T decisions in each environment, starting with new episodes. Returns (T, N) lists and tensors of what update()
-    needs, and the log: (successes, episodes) of the first episodes of each task, sum of rewards, seconds."""
+def rollout(policy, env, steps, generator, frozen, critic=None):
+    """T decisions in each environment, starting with new episodes; V is the policy's value head, or what critic makes
+    of the simulator's state. Returns (T, N) lists and tensors of what update() needs, and the log: (successes,
+    episodes) of the first episodes of each task, sum of rewards, seconds."""
+    tensor = lambda x: torch.from_numpy(x).to(policy.device)
+
+    def value(obs):                          # (N,)
+        if critic is not None:
+            return critic(tensor(obs["truth"]))
+        return policy.value_head(policy.prompt_hidden(**inputs(policy, obs, frozen)))[:, 0]
+
     obs, rows, n = env.reset(), [], env.num_envs
     tasks = env.task.copy()                  # of the first episodes
     outcome, seconds = np.full(n, -1.), dict(act=0., env=0.)
@@ -224,33 +232,28 @@ def rollout(policy, env, steps, generator, frozen):
         start = time.perf_counter()
         seen = inputs(policy, obs, frozen)
         decision = policy.act(**seen, generator=generator)
-        middle, before = time.perf_counter(), obs
+        here, truth = decision.value if critic is None else value(obs), tensor(obs["truth"])
+        middle = time.perf_counter()
         obs, reward, terminated, truncated, info = env.step(decision.actions.cpu().numpy())
         future = torch.zeros(n, device=policy.device)          # V(final observation) where time was up
         late = [k for k, i in enumerate(info["ended"]) if truncated[i]]
         if late:
-            final = {key: [x[k] for k in late] if key == "instructions" else x[late]
-                     for key, x in info["final_obs"].items()}
-            future[info["ended"][late]] = value_of(policy, inputs(policy, final, frozen))
+            future[info["ended"][late]] = value({
+                key: [x[k] for k in late] if key == "instructions" else x[late]
+                for key, x in info["final_obs"].items()})
         first = [i for i in info["ended"] if outcome[i] < 0]
         outcome[first] = info["success"][first]
-        truth, final = before["truth"], obs["truth"].copy()    # for a critic; final: after the decision, before resets
-        if len(info["ended"]):
-            final[info["ended"]] = info["final_obs"]["truth"]
-        columns = reward, terminated | truncated, terminated, truth, final
-        rows.append((seen, decision, future, *(torch.from_numpy(x).to(policy.device) for x in columns)))
+        rows.append((seen, decision, here, future, truth, tensor(reward), tensor(terminated | truncated)))
         seconds["act"] += middle - start
         seconds["env"] += time.perf_counter() - middle
     seen, decisions, *columns = zip(*rows)
-    values = torch.stack([each.value for each in decisions])                                 # (T, N)
-    following = torch.cat([values[1:], value_of(policy, inputs(policy, obs, frozen))[None]])
-    futures, rewards, ended, terminated, truth, final = map(torch.stack, columns)            # (T, N), (T, N, 16)
+    values, futures, truth, rewards, ended = map(torch.stack, columns)                       # (T, N), truth (T, N, 16)
+    following = torch.cat([values[1:], value(obs)[None]])
     data = {key: torch.cat([each[key] for each in seen]) for key in seen[0] if key != "instructions"}
     data.update(instructions=[text for each in seen for text in each["instructions"]],
                 trace={key: torch.cat([each.trace[key] for each in decisions]) for key in decisions[0].trace},
                 logp=torch.cat([each.logp for each in decisions]), values=values, rewards=rewards, ended=ended,
-                terminated=terminated, truth=truth, final=final,
-                next_values=torch.where(ended, futures, following))
+                truth=truth, next_values=torch.where(ended, futures, following))
     score = {}
     for task in env.tasks:
         finished = outcome[(tasks == task) & (outcome >= 0)]
@@ -318,10 +321,6 @@ class Learner:
     def update(self, data):
         """Epochs of minibatches over this rank's rollout -> {name: mean over optimizer steps}."""
         args, device = self.args, self.policy.device
-        if self.critic is not None:
-            with torch.no_grad():
-                data.update(values=self.critic(data["truth"]),
-                            next_values=self.critic(data["final"]) * ~data["terminated"])
         gains = [data[key] for key in ("rewards", "values", "next_values", "ended")] + [args.gamma]
         advantage, target = gae(*gains, args.gae_lambda)                                     # (T, N)
         if self.critic is not None:
@@ -358,7 +357,7 @@ class Learner:
                 break
         if self.critic is not None:
             self.fit_critic(data["truth"].flatten(0, 1), data["target"])
-        kept = [key for key in logs if key != "value" or self.critic is None]     # else of an unused head
+        kept = [key for key in logs if key != "value" or args.value_weight]       # else of a head that judges nothing
         return {key: float(np.mean([logs[key] for logs in history])) for key in kept} | dict(
             explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"])
 
@@ -464,7 +463,7 @@ def iterate(args, learner, env, steps, frozen):
     start, i, world, policy = time.perf_counter(), learner.iteration, learner.world, learner.policy
     env.first_episode = learner.rank + world * EPISODES * i
     noise = torch.Generator(policy.device).manual_seed(number(args.seed, i, 1 << 15, learner.rank))
-    data, seen = rollout(policy, env, steps, noise, frozen)
+    data, seen = rollout(policy, env, steps, noise, frozen, learner.critic)
     middle = time.perf_counter()
     logs, now = learner.update(data), time.perf_counter
     sums = all_sum(torch.tensor([float(x) for x in seen.values()], dtype=torch.float64, device=policy.device))
@@ -486,7 +485,7 @@ def work(args, rank, world, device):
     real, held_out = real_batches(args, policy, rank, world)
     frozen = not any(p.requires_grad for name, p in policy.named_parameters() if name.startswith(policy.vision))
     env = envs.VecEnv(args.task, "sim", max(1, args.num_envs // world), RL_SEED + args.seed, policy.image_size,
-                      episode_stride=world)
+                      episode_stride=world, randomise=args.randomise)
     horizon = max(task.horizon for name, task in envs.TASKS.items() if args.task in (name, "all"))
     steps = args.steps or math.ceil(horizon / policy.settings.get("chunk", 1))
     before = first_evaluation(args, policy, rank, world)

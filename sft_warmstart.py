@@ -216,6 +216,15 @@ def sum_gradients(params):
         for p, part in zip(params, flat.split([p.numel() for p in params])):
             p.grad = part.view_as(p)
 
+@torch.no_grad()
+def exchange(tensors, rank, world):
+    """tensors[k] becomes, everywhere, what it is on rank k mod world."""
+    if world > 1 and tensors:
+        own = [x if k % world == rank else torch.zeros_like(x) for k, x in enumerate(tensors)]
+        flat = all_sum(torch.cat([x.flatten() for x in own]))
+        for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(part.view_as(x))
+
 # ---- images --------------------------------------------------------------------------------------------------
 
 # side of the random crop; degrees; pixels; brightness added, brightness, contrast, saturation multiplied +-; hue +-
@@ -480,21 +489,23 @@ def changed_flags(before, now, free):
             if name not in free and now.get(name) != value]
 
 class Trainer:
-    """All that changes while training: weights, optimizer, averaged weights, position in the sample stream."""
+    """All that changes while training: weights, optimizer, averaged weights, position in the sample stream. Muon's
+    matrices are dealt out to the ranks: orthogonalising them all costs as much as 12 samples."""
 
-    def __init__(self, args, policy, probe, sampler, rank):
+    def __init__(self, args, policy, probe, sampler, rank, world):
         modules = [policy] + ([probe] if probe else [])
         self.named = {f"{k}.{n}": p for k, m in enumerate(modules) for n, p in m.named_parameters() if p.requires_grad}
         self.params, self.args, self.sampler, self.rank = list(self.named.values()), args, sampler, rank
+        self.world = world
         inner = [p for name, p in self.named.items() if args.optimizer == "muon" and p.ndim == 2
                  and re.search(r"(blocks|layers|projector|expert).*weight", name) and "embed" not in name]
-        chosen = set(map(id, inner))
+        self.inner, chosen = sorted(inner, key=torch.Tensor.numel), set(map(id, inner))
         rest = [p for p in self.params if id(p) not in chosen]
         groups = [dict(params=[p for p in rest if (p.ndim > 1) == matrix], weight_decay=args.weight_decay * matrix)
                   for matrix in (True, False)]
         self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2))]
         if inner:
-            self.optimizers.append(torch.optim.Muon(inner, args.lr, weight_decay=args.weight_decay))
+            self.optimizers.append(torch.optim.Muon(self.inner, args.lr, weight_decay=args.weight_decay))
         self.step, self.skipped, self.ema = 0, 0, None
         if args.ema:
             self.ema = [p.detach().clone() for p in self.params]
@@ -510,11 +521,15 @@ class Trainer:
         logs = loss_and_gradients(policy, batch, args, probe)
         norm = nn.utils.clip_grad_norm_(self.params, args.clip or math.inf).item()
         fine, rate = math.isfinite(norm) and math.isfinite(logs["loss"]), learning_rate(self.step, args)
+        for k, p in enumerate(self.inner):
+            if k % self.world != self.rank:
+                p.grad = None                # another rank's
         for optimizer, factor in zip(self.optimizers, (1, MUON_FACTOR)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * rate
             if fine:
                 optimizer.step()
+        exchange(self.inner, self.rank, self.world)
         self.skipped = 0 if fine else self.skipped + 1
         if self.skipped == 5:
             raise RuntimeError(f"step {self.step}: loss {logs['loss']}, gradient norm {norm}, 5 times in a row; "
@@ -525,7 +540,13 @@ class Trainer:
         return logs | dict(grad_norm=norm, lr=rate, wait_s=waited)
 
     def save(self, path):
-        """Everything, under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
+        """Everything, by rank 0 with the others' help, under a temporary name, then renamed: a killed run leaves the old
+        file, never half of one."""
+        momenta = [self.optimizers[-1].state[p] for p in self.inner]
+        exchange([each.setdefault("momentum_buffer", torch.zeros_like(p)) for each, p in zip(momenta, self.inner)],
+                 self.rank, self.world)
+        if self.rank > 0:
+            return
         torch.save(dict(args=vars(self.args), step=self.step, weights={n: p.detach() for n, p in self.named.items()},
                         ema=self.ema, optimizers=[each.state_dict() for each in self.optimizers],
                         sampler=self.sampler.state_dict()), f"{path}.tmp")
@@ -591,7 +612,7 @@ def train(args, policy, rank, world, out):
     sampler = real_data.MixSampler(
         sets.get("sim"), sets.get("real"), args.sim_ratio, args.batch, args.seed, rank, world)
     # A signal may set `stop` while it is being summed, and ranks must agree: each sends a copy of it.
-    trainer, stop = Trainer(args, policy, probe, sampler, rank), torch.zeros(1)
+    trainer, stop = Trainer(args, policy, probe, sampler, rank, world), torch.zeros(1)
     if args.resume:
         trainer.load(out / "resume.pt")
     log = Log(out, trainer.step, rank)
@@ -605,10 +626,10 @@ def train(args, policy, rank, world, out):
             log.write(step, logs)
             bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in logs.items() if "loss" in name))
             bar.update(args.batch)
-            if rank == 0 and args.save_every and step % args.save_every == 0:
+            if args.save_every and step % args.save_every == 0:
                 trainer.save(out / "resume.pt")
+    trainer.save(out / "resume.pt")
     if rank == 0:
-        trainer.save(out / "resume.pt")
         log.plot(out / "loss.png")
     for hook in probe.hooks if probe else ():
         hook.remove()

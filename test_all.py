@@ -421,6 +421,20 @@ def test_real_differs_in_every_parameter_and_gap_switches_parts():
         assert {name for name in one if one[name] != sim[name]} == set(rows) - {"side"}         # of `pretrain` only
 
 
+def test_randomised_parts_are_those_of_pretrain():
+    sim, other = (envs.VecEnv("all", domain, image_size=0).parameters for domain in ("sim", "pretrain"))
+    for part in ("visual", "dynamics"):
+        names = set(envs.PARAMETERS[part])
+        got = envs.VecEnv("all", image_size=0, randomise=[part]).parameters
+        assert got == sim | {name: other[name] for name in names} and got != sim
+    with pytest.raises(ValueError, match="randomise 'objects' is unknown, choose from visual, dynamics"):
+        envs.VecEnv("all", image_size=0, randomise=["objects"])
+    plain, moved = (envs.VecEnv("push-cube", "sim", 4, 1, randomise=parts) for parts in ((), ("visual", "dynamics")))
+    before, after = plain.reset(), moved.reset()
+    assert before["instructions"] == after["instructions"] and np.allclose(plain.object, moved.object)
+    assert all((a != b).mean() > .5 for a, b in zip(before["images"], after["images"]))
+
+
 def test_gap_parts_are_independent():
     """With one part of the gap switched off, what the other parts drew stays exactly the same."""
     full, blind = (envs.VecEnv("push-cube", "real", 3, gap=gap) for gap in (envs.Gap(), envs.Gap(visual=False)))
@@ -2690,7 +2704,7 @@ def test_sft_two_ranks_equal_one_and_signals_leave_a_checkpoint(sft_demos, tmp_p
     """Same samples, losses and gradient norms with two ranks; Ctrl-C ends them together; kill -9 leaves a whole file."""
     flags = ["--scratch", "--sim-data", str(sft_demos / "sim"), "--real-data", str(sft_demos / "real"), "--device", "cpu",
              "--eval-episodes", "0", "--batch", "8", "--augment", "none", "--save-every", "1", "--held-out", "0",
-             "--warmup", "0", "--final-lr", "1", "--steps", "9999", "--optimizer", "adamw"]
+             "--warmup", "0", "--final-lr", "1", "--steps", "9999", "--optimizer", "muon"]
     double = sft_process(flags, "--ranks", "2", "--out", str(tmp_path / "two"))
     while not (tmp_path / "two/resume.pt").exists() or len(sft_metrics(tmp_path / "two")) < 4:
         assert double.poll() is None, double.stderr.read()
@@ -2707,9 +2721,13 @@ def test_sft_two_ranks_equal_one_and_signals_leave_a_checkpoint(sft_demos, tmp_p
     for a, b in zip(one[:4], two[:4]):
         for key in ("loss", "loss/sim", "loss/real", "grad_norm"):
             assert a.get(key) == pytest.approx(b.get(key), rel=2e-3 if a["step"] > 1 else 1e-5), (key, a["step"])
+    used = {}
     for out in ("one", "two"):
         state = sft_weights(tmp_path / out)
         assert state["step"] == state["sampler"]["step"] >= 1
+        momenta = state["optimizers"][1]["state"]
+        used[out] = {k for k, each in momenta.items() if each["momentum_buffer"].any()}
+    assert used["one"] == used["two"] and len(used["one"]) > 20, "Muon's state of all ranks"
     assert sft_weights(tmp_path / "two")["step"] == two[-1]["step"]
 
 
@@ -3094,9 +3112,9 @@ def rl_check_state_critic():
     """It judges states before and after each decision, after it before any reset, terminations 0; it learns targets with
     a lambda of its own; the policy's value head and what it reads get nothing from it."""
     policy, env, seen = policies.make_tiny("openvla"), RlToy(), []
-    learner = rl_learner(policy, critic="state", minibatch=64, micro_batch=64)
-    data, _ = rl_cotrain.rollout(policy, env, 4, torch.Generator().manual_seed(0), True)
+    learner = rl_learner(policy, critic="state", value_weight=0., minibatch=64, micro_batch=64)
     learner.critic = lambda truth: truth[..., 3]
+    data, _ = rl_cotrain.rollout(policy, env, 4, torch.Generator().manual_seed(0), True, learner.critic)
     learner.fit_critic = lambda truth, target: seen.append((truth, target))
     before = policy.value_head[-1].weight.clone()
     learner.update(data)
@@ -3125,10 +3143,14 @@ def test_rl_state_critic_learns_its_targets():
         assert (learner.critic(truth) - target).pow(2).mean() < .1 * target.var()
 
 
-@pytest.mark.parametrize("old, new", [('* ~data["terminated"]', ""), ('data["final"]', 'data["truth"]'),
-                                      ("gae(*gains, CRITIC_LAMBDA)", "gae(*gains, args.gae_lambda)")])
-def test_rl_mutants_of_the_state_critic_die(monkeypatch, old, new):
-    assert_mutant_dies(monkeypatch, rl_cotrain, rl_cotrain.Learner, "update", old, new, rl_check_state_critic)
+@pytest.mark.parametrize("owner, name, old, new", [
+    (rl_cotrain, "rollout", "decision.value if critic is None else value(obs)", "decision.value"),
+    (rl_cotrain, "rollout", "critic(tensor(obs[\"truth\"]))", "torch.zeros(len(obs[\"truth\"]))"),
+    (rl_cotrain, "rollout", " if truncated[i]]", "]"),
+    (rl_cotrain.Learner, "update", "gae(*gains, CRITIC_LAMBDA)", "gae(*gains, args.gae_lambda)"),
+    (rl_cotrain, "ppo_loss", "args.value_weight * error", "error")])
+def test_rl_mutants_of_the_state_critic_die(monkeypatch, owner, name, old, new):
+    assert_mutant_dies(monkeypatch, rl_cotrain, owner, name, old, new, rl_check_state_critic)
 
 
 def rl_learner(policy, **changed):
@@ -3333,6 +3355,8 @@ def test_rl_bad_flags_are_listed_together():
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
     assert [args.freeze for args in presets] == ["vision", "vlm"] and presets[0].dtype == "float32"
     assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
+    weights = [rl_cotrain.parse(["--critic", critic]).value_weight for critic in ("head", "state")]
+    assert weights == [1., 0.], "a head that judges nothing does not learn"
 
 
 RL_MUTANTS = [
