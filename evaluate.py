@@ -17,6 +17,7 @@ Failures   "looked wrong": the tool never touched the named thing (pick-place: n
            Touch is looked for at the ends of control steps: a short knock between two of them goes unnoticed.
 Ablations  checks of the benchmark. blank-image: everything is grey. shuffled-instruction: it names another cube that
            is on the table, or another task. Whoever succeeds all the same does not look, or does not listen.
+Gap        --gap dynamics: the stand-in differs from sim in that part alone. What does a part cost?
 Output     OUT/result.json, success.png, videos/
 """
 import argparse
@@ -50,10 +51,11 @@ GREEN, RED = (0, 160, 90), (214, 60, 40)           # borders of successes and of
 # ---- episodes ------------------------------------------------------------------------------------------------
 
 def evaluate(policy, task, domain, episodes, variant="seen", seed=EVAL_SEED, num_envs=25, blocks=None, decoding="auto",
-             frames=0, ablation="none", temperature=EVAL_TEMPERATURE, bar=None):
+             frames=0, ablation="none", temperature=EVAL_TEMPERATURE, bar=None, gap=tuple(envs.PARAMETERS)):
     """Runs a policy on the scenes 0 .. episodes - 1, in this process. task, domain, variant: as in envs.VecEnv.
     blocks: those to run, of ceil(episodes / num_envs); None = all. Rank r of w takes range(r, that, w).
     frames: of each block, keep the pictures of that many successes and as many failures.    bar: a tqdm, or None.
+    gap: the parts in which the stand-in differs from sim, of visual, dynamics, objects.
     Returns dicts in the order of `blocks`: episode, success, steps (control steps of 0.2 s), touched, failure (pushed
     the wrong cube), diverged, closest_m (least distance [m] of tool and named object when the policy was asked),
     instruction; and frames, a list of (H, W, 3) uint8, one a control step and the last.    Raises ValueError."""
@@ -62,11 +64,15 @@ def evaluate(policy, task, domain, episodes, variant="seen", seed=EVAL_SEED, num
     policies.expect(min(episodes, num_envs) > 0, "episodes, num_envs", (episodes, num_envs), "1 or more", "100", wrong)
     policies.expect(all(0 <= block < count for block in blocks), "blocks", blocks, f"0 to {count - 1}", "None", wrong)
     policies.expect(decoding in DECODING, "decoding", repr(decoding), f"one of {DECODING}", "'auto'", wrong)
+    policies.expect(set(gap) <= set(envs.PARAMETERS), "gap", gap, f"of {', '.join(envs.PARAMETERS)}", "()", wrong)
     policies.expect(ablation in ABLATIONS, "ablation", repr(ablation), f"one of {ABLATIONS}", "'none'", wrong)
     if wrong:
         raise ValueError("\n".join(wrong))
     tokens, before, records = "temperature" in policy.settings, dict(policy.settings), []
-    env = envs.VecEnv(task, domain, min(num_envs, episodes), seed, policy.image_size, variant) if blocks else None
+    differs = envs.Gap(**{part: part in gap for part in envs.PARAMETERS})
+    env = None
+    if blocks:
+        env = envs.VecEnv(task, domain, min(num_envs, episodes), seed, policy.image_size, variant, gap=differs)
     if tokens:
         policy.settings["temperature"] = temperature
     try:
@@ -272,6 +278,7 @@ def parse(argv=None):
     add("--seed", type=int, default=EVAL_SEED, help="of the scenes and of the policies' noise, 0 to 2^32")
     add("--videos", type=int, default=2, help="successes, and failures, to film of each kind of episodes; 0 = none")
     add("--ablation", default="none", help=f"{', '.join(ABLATIONS)}; see above")
+    add("--gap", nargs="*", default=list(envs.PARAMETERS), help="what differs on the stand-in; default: all of it")
     add("--device", help="cpu or cuda; default: cuda if there is one")
     add("--dtype", default="float32", help="float32 or bfloat16 (autocast)")
     args, wrong = parser.parse_args(argv), []
@@ -280,7 +287,8 @@ def parse(argv=None):
     for what, got, known in (("task", [args.task], (*envs.TASKS, "all")),
                              ("domain", [args.domain], ("sim", "real", "both")),
                              ("variants", args.variants, (*envs.VARIANTS, "all")),
-                             ("decoding", [args.decoding], DECODING), ("ablation", [args.ablation], ABLATIONS)):
+                             ("decoding", [args.decoding], DECODING), ("ablation", [args.ablation], ABLATIONS),
+                             ("gap", args.gap, tuple(envs.PARAMETERS))):
         expect(set(got) <= set(known), f"--{what}", " ".join(got), f"of {', '.join(known)}", f"--{what} {known[-1]}")
     for what, got, low, high in (("episodes", args.episodes, 1, 10 ** 6), ("num-envs", args.num_envs, 1, 4096),
                                  ("workers", args.workers, 0, 1024), ("videos", args.videos, 0, 10 ** 6),
@@ -310,7 +318,8 @@ def work(args, item, bar=None):
         torch.set_num_threads(1)         # as many processes as cores; and another number may change the last bit
         torch.set_flush_denormal(True)   # as in training
     return evaluate(load(checkpoint, args.device, args.dtype), task, domain, args.episodes, variant, args.seed,
-                    args.num_envs, [block], args.decoding, args.videos, args.ablation, args.temperature, bar)
+                    args.num_envs, [block], args.decoding, args.videos, args.ablation, args.temperature, bar,
+                    args.gap)
 
 def run(args):
     """{(checkpoint, domain, variant, task): episodes}, in order, by as many processes as args say."""
@@ -364,7 +373,8 @@ def tabulate(args, results):
 def write(args, argv, results):
     """Prints the tables; writes videos, figure and, last and at once, result.json."""
     cells, rows, comparisons = tabulate(args, results)
-    print(f"{args.episodes} scenes each, seed {args.seed}; decoding {args.decoding}, ablation {args.ablation}\n"
+    print(f"{args.episodes} scenes each, seed {args.seed}; decoding {args.decoding}, ablation {args.ablation}, gap: "
+          f"{' '.join(args.gap) or 'none'}\n"
           f"stand-in: the second MuJoCo domain, in place of the real robot; none is attached\n\n{table(rows)}")
     if comparisons:
         print(f"\nPaired, on the same scenes; second - first, in points\n\n{comparison_table(comparisons)}")
@@ -378,9 +388,9 @@ def write(args, argv, results):
         cell["episodes"] = [{key: value for key, value in each.items() if key != "frames"} for each in episodes]
     bar_chart(cells, out / "success.png")
     result = dict(command=shlex.join(["python", "evaluate.py", *argv]), seed=args.seed, decoding=args.decoding,
-                  temperature=args.temperature, ablation=args.ablation, num_envs=args.num_envs, device=args.device,
-                  dtype=args.dtype, torch=torch.__version__, averages=[row for row in rows if row["task"] == "average"],
-                  comparisons=comparisons, cells=cells)
+                  temperature=args.temperature, ablation=args.ablation, gap=args.gap, num_envs=args.num_envs,
+                  device=args.device, dtype=args.dtype, torch=torch.__version__,
+                  averages=[row for row in rows if row["task"] == "average"], comparisons=comparisons, cells=cells)
     (out / "result.json.part").write_text(json.dumps(result, indent=1))
     os.replace(out / "result.json.part", out / "result.json")
     print(f"\nwrote {out}/result.json, success.png{', videos' * (args.videos > 0)}")

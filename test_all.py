@@ -3607,6 +3607,16 @@ def test_evaluate_blank_image_is_constant():
     assert all((call.images == 128).all() for call in stub.calls) and all((f == 128).all() for f in got[0]["frames"])
     assert got[0]["instruction"] == want[0]["instruction"] and plain.calls[0].images.std() > 1
 
+def test_evaluate_gap_switches_parts_of_the_stand_in():
+    for gap in ((), ("dynamics",), tuple(envs.PARAMETERS)):
+        stub = EvaluateStub(chunk=40)
+        evaluate.evaluate(stub, "push-cube", "real", 2, gap=gap)
+        parts = envs.Gap(**{part: part in gap for part in envs.PARAMETERS})
+        env = envs.VecEnv("push-cube", "real", 2, evaluate.EVAL_SEED, stub.image_size, gap=parts)
+        assert np.array_equal(stub.calls[0].images, env.reset()["images"]), gap
+    with pytest.raises(ValueError, match="gap: got .*weather"):
+        evaluate.evaluate(stub, "push-cube", "real", 2, gap=["weather"])
+
 # ---- videos, tables, figures
 
 def test_evaluate_videos_and_contact_sheet(tmp_path):
@@ -3721,11 +3731,11 @@ def test_evaluate_errors_list_all_offenders(checkpoint):
     with pytest.raises(ValueError) as caught:
         evaluate.parse(["--checkpoint", "/nowhere/at/all", checkpoint, "--task", "fly", "--domain", "moon", "--variants",
                   "odd", "--episodes", "0", "--num-envs", "0", "--workers", "-1", "--videos", "-2", "--decoding", "x",
-                  "--ablation", "y", "--temperature", "0", "--seed", "-1", "--dtype", "int8"])
+                  "--ablation", "y", "--temperature", "0", "--seed", "-1", "--dtype", "int8", "--gap", "z"])
     text = str(caught.value)
     for offender in ("/nowhere/at/all", "--task: got fly", "--domain: got moon", "--variants: got odd",
                      "--episodes: got 0", "--num-envs: got 0", "--workers: got -1", "--videos: got -2",
-                     "--decoding: got x", "--ablation: got y", "--temperature: got 0", "--seed: got -1", "int8"):
+                     "--decoding: got x", "--ablation: got y", "--temperature: got 0", "--seed: got -1", "int8", "--gap: got z"):
         assert offender in text, offender
     assert checkpoint not in text and all("need" in line and "try" in line for line in text.splitlines())
     with pytest.raises(ValueError) as caught:
