@@ -62,10 +62,10 @@ PRESETS = {
                  beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0., critic_warmup=0,
                  critic="head", gae_lambda=.95, lambda_real=.1),
     "openvla-tiny": dict(num_envs=64, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
-                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=40, target_kl=.1,
+                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70, target_kl=.1,
                          critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1),
     "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
-                      beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=40, target_kl=.1,
+                      beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=70, target_kl=.1,
                       critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=1.)}       # a 30th of the loss
 
 def parse(argv=None):
