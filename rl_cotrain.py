@@ -551,14 +551,15 @@ def finish(args, policy, before, rank, world, seconds):
     print(f"checkpoint {out}/policy, curves {out}/curves.png, episodes {out}/videos; {seconds:.0f} s, ranks: {world}")
 
 def plot(rows, path):
-    """Learning curves: success, the two losses, the size of the steps."""
+    """Learning curves: success; reward, which tells of speed when success is complete; losses; size of the steps."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
     panels = ((axes[0], "success rate", [key for row in rows for key in row if key.startswith(
                     ("success", *(f"{name}/" for name in NAMES.values())))]),
-              (axes[1], "loss", ["real", "held_out/real", "value"]), (axes[2], "step", ["kl", "clipped", "cosine"]))
+              (axes[1], "reward per environment", ["reward"]), (axes[2], "loss", ["real", "held_out/real", "value"]),
+              (axes[3], "step", ["kl", "clipped", "cosine"]))
     for axis, title, names in panels:
         for name in dict.fromkeys(names):
             points = [(row["step"], row[name]) for row in rows if name in row]
