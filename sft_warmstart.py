@@ -540,8 +540,8 @@ class Trainer:
         return logs | dict(grad_norm=norm, lr=rate, wait_s=waited)
 
     def save(self, path):
-        """Everything, by rank 0 with the others' help, under a temporary name, then renamed: a killed run leaves the old
-        file, never half of one."""
+        """Everything, from all ranks by rank 0, under a temporary name, then renamed: a killed run leaves the old file,
+        never half of one."""
         momenta = [self.optimizers[-1].state[p] for p in self.inner]
         exchange([each.setdefault("momentum_buffer", torch.zeros_like(p)) for each, p in zip(momenta, self.inner)],
                  self.rank, self.world)
