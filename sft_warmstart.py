@@ -207,23 +207,25 @@ def all_sum(tensor):
         dist.all_reduce(tensor)
     return tensor
 
+def summed(tensors):
+    """Sums over ranks of a list of tensors, sent as one vector: a message a tensor would cost more than the sums."""
+    flat = all_sum(torch.cat([x.flatten() for x in tensors]))
+    return [part.view_as(x) for x, part in zip(tensors, flat.split([x.numel() for x in tensors]))]
+
 def sum_gradients(params):
-    """Gradients become their sum over ranks, sent as one vector: a message a tensor would cost more than the sums."""
-    if dist.is_initialized():
-        for p in params:                     # what a rank's share did not touch still takes part
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = all_sum(torch.cat([p.grad.flatten() for p in params]))
-        for p, part in zip(params, flat.split([p.numel() for p in params])):
-            p.grad = part.view_as(p)
+    """Gradients become their sum over ranks."""
+    if dist.is_initialized():                # what a rank's share did not touch still takes part
+        grads = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        for p, grad in zip(params, grads):
+            p.grad = grad
 
 @torch.no_grad()
 def exchange(tensors, rank, world):
     """tensors[k] becomes, everywhere, what it is on rank k mod world."""
     if world > 1 and tensors:
         own = [x if k % world == rank else torch.zeros_like(x) for k, x in enumerate(tensors)]
-        flat = all_sum(torch.cat([x.flatten() for x in own]))
-        for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(part.view_as(x))
+        for x, total in zip(tensors, summed(own)):
+            x.copy_(total)
 
 # ---- images --------------------------------------------------------------------------------------------------
 
