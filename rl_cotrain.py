@@ -55,18 +55,18 @@ RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=2e-2)                # of the firs
 
 # openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here.
 PRESETS = {
-    "openvla": dict(num_envs=64, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4, value_lr=3e-3,
-                    beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
+    "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
+                    value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
                     critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1),
-    "pi05": dict(num_envs=128, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6, value_lr=2e-4,
-                 beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0., critic_warmup=0,
-                 critic="head", gae_lambda=.95, lambda_real=.1),
-    "openvla-tiny": dict(num_envs=64, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
-                         beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70, target_kl=.1,
-                         critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1),
-    "pi05-tiny": dict(num_envs=128, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4, value_lr=1e-3,
-                      beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=70, target_kl=.1,
-                      critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=1.)}       # a 30th of the loss
+    "pi05": dict(num_envs=128, steps=0, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6,
+                 value_lr=2e-4, beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0.,
+                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1),
+    "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
+                         value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
+                         target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1),
+    "pi05-tiny": dict(num_envs=128, steps=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
+                      value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=45,
+                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=1.)}
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -77,7 +77,6 @@ def parse(argv=None):
     add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all")
     add("--init", default="sft", help="sft (run Stage I, or find it), base (no Stage I), or a checkpoint folder")
     add("--iterations", type=int, help="of rollout and update, >= 0")
-    add("--steps", type=int, default=0, help="T: decisions per environment and iteration; 0 = the task's time limit")
     add("--gamma", type=float, default=.99, help="discount per decision, 0 to 1")
     add("--clip", type=float, default=.2, help="epsilon of PPO's ratio, > 0")
     add("--value-clip", type=float, default=.2, help="how far a value may move from the rollout's; 0 = any")
@@ -107,6 +106,7 @@ def parse(argv=None):
     for flag, kind, text in (
             ("lambda-real", float, "weight of L_SFT(real), >= 0; 0 = plain RL, real data is never opened"),
             ("num-envs", int, "environments over all ranks, each has the same number of them"),
+            ("steps", int, "T: decisions per environment and iteration; 0 = the task's time limit"),
             ("minibatch", int, "decisions per optimizer step over all ranks, about: an iteration is cut evenly"),
             ("micro-batch", int, "decisions per forward pass of a rank; gradients accumulate"),
             ("real-batch", int, "real samples per optimizer step over all ranks"),

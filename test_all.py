@@ -2731,6 +2731,35 @@ def test_sft_two_ranks_equal_one_and_signals_leave_a_checkpoint(sft_demos, tmp_p
     assert sft_weights(tmp_path / "two")["step"] == two[-1]["step"]
 
 
+def sft_check_exchange():
+    """Two ranks, played one after the other: each tensor becomes that of its owner on both."""
+    sent, honest = [], sft_warmstart.all_sum
+    ranks = lambda: [[torch.full((2, k + 1), 10. * rank + k) for k in range(5)] for rank in range(2)]
+    try:
+        sft_warmstart.all_sum = lambda flat: sent.append(flat.clone()) or flat
+        for rank, tensors in enumerate(ranks()):
+            sft_warmstart.exchange(tensors, rank, 2)
+        sft_warmstart.all_sum = lambda flat: sum(sent)
+        for rank, tensors in enumerate(ranks()):
+            sft_warmstart.exchange(tensors, rank, 2)
+            assert [x.unique().tolist() for x in tensors] == [[10. * (k % 2) + k] for k in range(5)]
+    finally:
+        sft_warmstart.all_sum = honest
+
+
+def test_sft_ranks_exchange_what_they_own():
+    sft_check_exchange()
+    alone = [torch.ones(2)]
+    sft_warmstart.exchange(alone, 0, 1)
+    assert alone[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("old, new", [("% world == rank", "% world != rank"), ("torch.zeros_like(x)", "x"),
+                                      ("x.copy_(total)", "pass"), ("k % world", "0 % world")])
+def test_sft_mutants_of_exchange_die(monkeypatch, old, new):
+    assert_mutant_dies(monkeypatch, sft_warmstart, sft_warmstart, "exchange", old, new, sft_check_exchange)
+
+
 def test_sft_augmentation():
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
     torch.manual_seed(0)
