@@ -383,21 +383,14 @@ class Learner:
                                "--value-lr, or look at the demonstrations with real_data.py")
 
     def save(self, path):
-        """Everything, under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
-        torch.save(dict(args=saved_args(self.args), iteration=self.iteration, optimizer=self.optimizer.state_dict(),
-                        weights={name: p.detach() for name, p in self.named.items()},
-                        critic=self.critic and (self.critic.state_dict(), self.critic_optimizer.state_dict()),
-                        real=self.real.state_dict() if self.real is not None else None), f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        sft_warmstart.save_state(dict(
+            args=saved_args(self.args), iteration=self.iteration, optimizer=self.optimizer.state_dict(),
+            weights={name: p.detach() for name, p in self.named.items()},
+            critic=self.critic and (self.critic.state_dict(), self.critic_optimizer.state_dict()),
+            real=self.real.state_dict() if self.real is not None else None), path)
 
     def load(self, path):
-        state, now = torch.load(path, map_location="cpu", weights_only=True), saved_args(self.args)
-        wrong = sft_warmstart.changed_flags(state["args"], now, ())
-        if wrong or set(state["weights"]) != set(self.named):
-            raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
-        with torch.no_grad():
-            for name, p in self.named.items():
-                p.copy_(state["weights"][name])
+        state = sft_warmstart.load_state(path, saved_args(self.args), (), self.named)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"][0])

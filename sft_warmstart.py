@@ -490,6 +490,22 @@ def changed_flags(before, now, free):
     return [f"--{name.replace('_', '-')} was {value}, is {now.get(name)}" for name, value in before.items()
             if name not in free and now.get(name) != value]
 
+def save_state(state, path):
+    """Under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+def load_state(path, args, free, named):
+    """What save_state wrote, its `weights` copied into named. ValueError if it is of a run with other flags."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    wrong = changed_flags(state["args"], args, free)
+    if wrong or set(state["weights"]) != set(named):
+        raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(state["weights"][name])
+    return state
+
 class Trainer:
     """All that changes while training: weights, optimizer, averaged weights, position in the sample stream. Muon's
     matrices are dealt out to the ranks: orthogonalising them all costs as much as 12 samples."""
@@ -542,28 +558,19 @@ class Trainer:
         return logs | dict(grad_norm=norm, lr=rate, wait_s=waited)
 
     def save(self, path):
-        """Everything, from all ranks by rank 0, under a temporary name, then renamed: a killed run leaves the old file,
-        never half of one."""
+        """Everything, from all ranks by rank 0."""
         momenta = [self.optimizers[-1].state[p] for p in self.inner]
         exchange([each.setdefault("momentum_buffer", torch.zeros_like(p)) for each, p in zip(momenta, self.inner)],
                  self.rank, self.world)
-        if self.rank > 0:
-            return
-        torch.save(dict(args=vars(self.args), step=self.step, weights={n: p.detach() for n, p in self.named.items()},
-                        ema=self.ema, optimizers=[each.state_dict() for each in self.optimizers],
-                        sampler=self.sampler.state_dict()), f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        if self.rank == 0:
+            save_state(dict(args=vars(self.args), step=self.step, ema=self.ema, sampler=self.sampler.state_dict(),
+                            weights={name: p.detach() for name, p in self.named.items()},
+                            optimizers=[each.state_dict() for each in self.optimizers]), path)
 
     def load(self, path):
-        state, now = torch.load(path, map_location="cpu", weights_only=True), vars(self.args)
-        wrong = changed_flags(state["args"], now, ("resume", "ranks", "device", "out", "steps"))
-        if wrong or set(state["weights"]) != set(self.named):
-            raise ValueError("--resume: another run: " + ("; ".join(wrong) or "other weights train"))
-        with torch.no_grad():
-            for name, p in self.named.items():
-                p.copy_(state["weights"][name])
-            for own, saved in zip(self.ema or [], state["ema"] or []):
-                own.copy_(saved)
+        state = load_state(path, vars(self.args), ("resume", "ranks", "device", "out", "steps"), self.named)
+        for own, saved in zip(self.ema or [], state["ema"] or []):
+            own.copy_(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.sampler.load_state_dict(state["sampler"])
