@@ -53,7 +53,8 @@ EPISODES = 1 << 12                      # numbers set aside for the episodes of 
 CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the critic that reads the simulator's state
 RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=2e-2)                # of the first ratio after a rollout, which is 1
 
-# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here.
+# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here;
+# pi0.5's L_SFT is a 30th of OpenVLA's, hence its lambda.
 PRESETS = {
     "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
                     value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
