@@ -94,7 +94,6 @@ def play(policy, env, block, episodes, deterministic, ablation, frames, bar):
     told = wrong_instructions(env) if ablation == "shuffled-instruction" else obs["instructions"]
     records = [dict(episode=int(k), instruction=text, closest_m=math.inf) | ({"frames": []} if frames else {})
                for k, text in zip(env.episode, told)]
-    reads_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask") is not None
     running = np.flatnonzero(env.episode < episodes)           # the last block may be smaller
     records = [record for record in records if record["episode"] < episodes]
     for i in range(len(running), env.num_envs):
@@ -104,7 +103,7 @@ def play(policy, env, block, episodes, deterministic, ablation, frames, bar):
         images = np.full_like(images, 128) if ablation == "blank-image" else images
         for i, distance in zip(running, np.linalg.norm(env.tcp - env.object, axis=1)[running]):
             records[i]["closest_m"] = min(records[i]["closest_m"], float(distance))
-        extra = dict(state=obs["state"][running]) if reads_state else {}
+        extra = dict(state=obs["state"][running]) if policies.reads_state(policy.settings) else {}
         chunk = policy.act(images, [told[i] for i in running], deterministic, noise, **extra).actions.cpu().numpy()
         actions = np.zeros((env.num_envs, *chunk.shape[1:]))   # (N, K, 7); who has ended stands still
         actions[running] = chunk

@@ -55,6 +55,10 @@ def expect(ok, what, got, need, remedy, into=None):
     if not ok:
         into.append(f"{what}: got {got}; need {need}; try {remedy}")
 
+def reads_state(settings):
+    """Whether act, evaluate and bc_loss of a policy with these settings take the robot's `state`."""
+    return bool(settings.get("discrete_state")) or settings.get("delta_mask") is not None
+
 def recompute(module, *inputs):
     """module(*inputs), by gradient checkpointing if load_policy asked for it: a third more time, far less memory."""
     on = getattr(module, "checkpointing", False) and torch.is_grad_enabled()
@@ -710,7 +714,7 @@ class Pi05(Policy):
     def observe(self, images, instructions, state, camera_mask, actions=None, pad=None):
         """Checks its arguments and runs the prefix pass."""
         images = self.check(images, instructions, actions, pad)
-        if self.settings["discrete_state"] or self.settings["delta_mask"] is not None:
+        if reads_state(self.settings):
             fine = state is not None and len(state) == len(images) and torch.as_tensor(state).isfinite().all()
             expect(fine, "state", state, f"({len(images)}, n), finite", "state=obs['state']")
         camera_mask = None if camera_mask is None else torch.as_tensor(camera_mask, device=self.device).bool()

@@ -210,9 +210,8 @@ def inputs(policy, obs, frozen):
     images = torch.from_numpy(obs["images"])
     if frozen:                               # once per observation; all epochs reuse them
         images = policy.encode_images(images.to(policy.device))
-    reads_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
-    return dict(images=images, instructions=obs["instructions"], **dict(
-        state=torch.from_numpy(obs["state"])) if reads_state else {})
+    extra = dict(state=torch.from_numpy(obs["state"])) if policies.reads_state(policy.settings) else {}
+    return dict(images=images, instructions=obs["instructions"], **extra)
 
 @torch.no_grad()
 def rollout(policy, env, steps, generator, frozen, critic=None):

@@ -342,14 +342,14 @@ def kept_steps(policy, batch):
 
 def micro_losses(policy, batch, args, probe=None, train=False):
     """Yields (rows, L_SFT (b, H) of each step, L_aux, position error [m]) of micro-batches of this rank's share."""
-    reads_state = policy.settings.get("discrete_state") or policy.settings.get("delta_mask")
     for rows in np.split(np.arange(len(batch["sim"])), range(args.micro_batch, len(batch["sim"]), args.micro_batch)):
         images = torch.from_numpy(batch["images"][rows]).to(policy.device)
         images = augment(images, args.augment) if train and args.augment != "none" else images
         images = policy.encode_images(images) if probe else images
         texts, actions = [batch["instructions"][i] for i in rows], torch.from_numpy(batch["actions"][rows])
         state = torch.from_numpy(batch["state"][rows])
-        loss = policy.bc_loss(images, texts, actions, reduction="none", **dict(state=state) if reads_state else {})
+        extra = dict(state=state) if policies.reads_state(policy.settings) else {}
+        loss = policy.bc_loss(images, texts, actions, reduction="none", **extra)
         aux, error = loss.new_zeros(2)
         if probe:
             aux, error = probe(images, state[:, -15:].view(-1, 3, 5).to(loss.device), *policy.prompt(texts))
@@ -656,8 +656,8 @@ def run_episodes(policy, task, domain, episodes, rank=0, world=1, num_envs=25, d
                           episode_stride=world, **options)
         noise, obs = torch.Generator(policy.device).manual_seed(EVAL_SEED + rank), env.reset()
         while count[1] < own:
-            state = dict(state=obs["state"]) if policy.settings.get("discrete_state") else {}
-            actions = policy.act(obs["images"], obs["instructions"], deterministic, noise, **state).actions
+            extra = dict(state=obs["state"]) if policies.reads_state(policy.settings) else {}
+            actions = policy.act(obs["images"], obs["instructions"], deterministic, noise, **extra).actions
             obs, _, _, _, info = env.step(actions.cpu().numpy())
             for i in info["ended"]:
                 if info["episode"][i] < episodes:

@@ -2760,6 +2760,13 @@ def test_sft_mutants_of_exchange_die(monkeypatch, old, new):
     assert_mutant_dies(monkeypatch, sft_warmstart, sft_warmstart, "exchange", old, new, sft_check_exchange)
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(discrete_state=True), dict(delta_mask=[True] * 6 + [False])])
+def test_sft_evaluation_hands_over_the_state_if_wanted(settings):
+    policy = policies.make_tiny("pi05", **settings)
+    policy.statistics["placeholder"]["state"] = dict(q01=[-1.] * 8, q99=[1.] * 8)
+    assert sft_warmstart.run_episodes(policy, "open-drawer", "sim", 1)[1] == 1
+
+
 def test_sft_augmentation():
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
     torch.manual_seed(0)
