@@ -642,6 +642,7 @@ class Pi05(Policy):
     def affine(self, part):
         """offset, scale, base: normalised = (x - offset) / scale + base; quantiles to [-1, 1], or z-score."""
         lerobot, quantile = self.settings["style"] == "lerobot", self.settings["norm"] == "quantile"
+        expect(part in self.stats, "statistics", list(self.stats), f"those of the {part}", "--statistics data")
         low, high = (torch.tensor(self.stats[part][key], dtype=torch.float64, device=self.device)
                      for key in (("q01", "q99") if quantile else ("mean", "std")))
         if not quantile:
@@ -925,9 +926,21 @@ def find_folder(name):
     except Exception as error:           # no repository, network or permission: the hub's words say which
         expect(False, what, f"no such folder, and from the hub: {error}", known, "a local copy")
 
+def find_base(name):
+    """Like find_folder, but of a folder that holds adapters alone: (folder of its base model, that folder)."""
+    folder = find_folder(name)
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return folder, None
+    base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    return find_folder(folder / base if (folder / base).is_dir() else base), folder
+
+def kind_of(config):
+    """Name of the policy that a config.json describes, or None."""
+    return config.get("model_type") or config.get("type") or ("pi05" if "action_horizon" in config else None)
+
 def build(config, **settings):
     """A policy on the meta device: shapes only."""
-    name = config.get("model_type") or config.get("type") or ("pi05" if "action_horizon" in config else None)
+    name = kind_of(config)
     expect(name in BUNDLED, "config.json", f"model_type or type {name}", "openvla or pi05", "another folder")
     with torch.device("meta"):
         return (OpenVLA if name == "openvla" else Pi05)(config, **settings)
@@ -947,14 +960,13 @@ def load_policy(name, device="cpu", dtype="float32", *, adapter=None, merge=Fals
     dtype      "float32", or "bfloat16": autocast over float32 weights
     adapter    PEFT folder to put on top (a `name` that is one itself brings its base model along); kept apart and
                trainable with the base frozen, or folded into the weights with merge=True
-    lora_rank  > 0: fresh adapters (add_lora with lora_alpha, lora_targets); the base is frozen
+    lora_rank  > 0: fresh adapters (add_lora with lora_alpha, lora_targets), unless it comes with some, which then go on
+               training; the base is frozen
     freeze     "none" | "vision" (features may then be cached) | "vlm" (only expert and heads of pi0.5 train)
     tokenizer  path of a tokenizer.json, for checkpoints that come without one
     settings   see OpenVLA and Pi05; the values saved with the policy are the defaults"""
-    device, folder = check_device(device, dtype), find_folder(name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        adapter, folder = folder, find_folder(folder / base if (folder / base).is_dir() else base)
+    device, (folder, own) = check_device(device, dtype), find_base(name)
+    adapter = adapter or own
     expect((folder / "config.json").exists(), folder, "no config.json in it", "a config.json", "its own folder")
     saved, tokenizer = read_json(folder / "policy.json", {}), Path(tokenizer or folder / "tokenizer.json")
     policy = build(read_json(folder / "config.json"), **{**saved.get("settings", {}), **settings})
@@ -969,7 +981,10 @@ def load_policy(name, device="cpu", dtype="float32", *, adapter=None, merge=Fals
         load_lora(policy, find_folder(adapter) if adapter else folder / "lora")
     if merge:
         merge_lora(policy)
-    if lora_rank:
+    ranks = sorted({len(layer.lora_A.weight) for layer in lora_modules(policy).values()})
+    expect(not (ranks and lora_rank) or ranks == [lora_rank], "lora_rank", lora_rank, f"{ranks}, that of the adapters "
+           f"in {folder}", "it, merge=True, or 0")
+    if lora_rank and not ranks:
         add_lora(policy, lora_rank, lora_alpha, lora_targets, seed)
     set_trainable(policy, freeze)
     for module in policy.modules():

@@ -53,6 +53,11 @@ FIRST_FILE = dict(chunk_index=0, file_index=0)
 CACHE_FORMAT = 1                             # raise it when cached pixels would come out differently
 
 
+def cores():
+    """CPU cores that this process may use: less than the machine has, where a scheduler shares it out."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 # ------------------------------------------------------------------------------- reading LeRobot folders
 class Problems(dict):
     """{what is wrong: set of episodes}. Collected first, then raised together: one run shows every offender."""
@@ -150,7 +155,9 @@ def read_meta(folder, info, cameras):
         sources = {key: (file("video_path", row, f"videos/{key}", video_key=key),
                          row.get(f"videos/{key}/from_timestamp", 0.))
                    if info["features"][key]["dtype"] == "video" else (data, None) for key in cameras}
-        episodes.append(Episode(row["episode_index"], row["length"], data, sources, row.get("scene", -1)))
+        scene = row.get("scene")             # ours is a number; others may call something else so
+        scene = scene if isinstance(scene, int) else -1
+        episodes.append(Episode(row["episode_index"], row["length"], data, sources, scene))
     return sorted(episodes, key=lambda episode: episode.index), tasks
 
 
@@ -165,7 +172,7 @@ def read_lerobot(path, cameras=None, action_key=None, state_key=None, task_key=N
             raise ValueError(f"unknown LeRobot version {version!r}, need one of {', '.join(VERSIONS)}")
         cameras = choose_cameras(features, cameras)
         episodes, tasks = read_meta(folder, info, cameras)
-    except (KeyError, StopIteration, OSError, ValueError, pa.ArrowException) as error:
+    except (KeyError, StopIteration, OSError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
         raise ValueError(f"{folder}: not a readable LeRobot data set ({type(error).__name__}: {error})") from error
     usual = dict(actions=[action_key] if action_key else ["action", "actions"],
                  states=[state_key] if state_key else ["observation.state", "state"])
@@ -194,8 +201,11 @@ def read_rows(recording, file, episodes, task_key, tasks):
     try:
         scalars = ("episode_index", "frame_index", "timestamp")
         table = pq.ParquetFile(file).read([*scalars, text_key, *keys.values()])
-        owner, frame, times = (table[key].to_numpy() for key in scalars)
-        texts = [text if task_key else tasks.get(text) for text in table[text_key].to_pylist()]
+        # Some writers keep the declared shape [1]: lists of one number.
+        flat = {key: table[key].combine_chunks().flatten() if pa.types.is_nested(table[key].type) else table[key]
+                for key in (*scalars, text_key)}
+        owner, frame, times = (flat[key].to_numpy() for key in scalars)
+        texts = [text if task_key else tasks.get(text) for text in flat[text_key].to_pylist()]
         columns = {name: (table[key].to_pylist(), features[key]["shape"][0]) for name, key in keys.items()}
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         return problems.check(False, f"data file, or one of its columns, missing or broken ({error})", *indices)
@@ -348,7 +358,7 @@ def fill_cache(path, shape, jobs, recording, image_size, fit):
                     os.pwrite(file.fileno(), resize(image, image_size, fit).tobytes(), place)
                 bar.update()
 
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             list(pool.map(work, jobs.items()))       # PIL and ffmpeg run outside the interpreter lock
 
 
@@ -405,17 +415,21 @@ class Demos:
         moving.ends = np.repeat(np.cumsum(moving.lengths), moving.lengths)
         return moving
 
+    def chunks(self, indices):
+        """(B, K, A) actions from samples `indices` (B,) on, and pad (B, K) bool: True past the episode's end, where its
+        last action is repeated."""
+        window, ends = np.add.outer(indices, np.arange(self.horizon)), self.ends[indices][:, None]   # (B, K), (B, 1)
+        return self.actions[np.minimum(window, ends - 1)], window >= ends
+
     def batch(self, indices):
         """Samples `indices` (B,), 0 to N - 1, as a dict: images (B, H, W, 3) uint8; (B, C, H, W, 3) of several cameras;
-        instructions, B strings; actions (B, K, A) float32; pad (B, K) bool, True past the episode's end, where its last
-        action is repeated; state (B, S) float32."""
-        window, ends = np.add.outer(indices, np.arange(self.horizon)), self.ends[indices][:, None]   # (B, K), (B, 1)
-        images = np.empty((len(window), *self.frames.shape[1:]), np.uint8)     # (B, C, H, W, 3)
+        instructions, B strings; actions (B, K, A) float32 and pad (B, K), see chunks; state (B, S) float32."""
+        actions, pad = self.chunks(indices)
+        images = np.empty((len(pad), *self.frames.shape[1:]), np.uint8)        # (B, C, H, W, 3)
         for image, row in zip(images, self.rows[indices].tolist()):      # read through the map, it would stay in memory
             os.preadv(self.file.fileno(), [image], self.frames.offset + row * image.nbytes)
         return dict(images=images[:, 0] if images.shape[1] == 1 else images, state=self.states[indices],
-                    instructions=self.instructions[indices].tolist(), pad=window >= ends,
-                    actions=self.actions[np.minimum(window, ends - 1)])
+                    instructions=self.instructions[indices].tolist(), pad=pad, actions=actions)
 
 
 def open_dataset(path, image_size=None, horizon=1, cameras=None, fit="stretch", action_dim=len(ACTION_NAMES),
@@ -432,7 +446,22 @@ def open_dataset(path, image_size=None, horizon=1, cameras=None, fit="stretch", 
     if fit not in ("stretch", "pad") or horizon < 1 or (image_size is not None and image_size < 1):
         raise ValueError(f"{fit=}, {horizon=}, {image_size=}: need fit stretch or pad, others 1 or more, size or None")
     recording = read_lerobot(path, cameras, action_key, state_key, task_key, action_dim)
-    return Demos(recording, cache_frames(recording, image_size, fit, cache_dir), horizon)
+    demos = Demos(recording, cache_frames(recording, image_size, fit, cache_dir), horizon)
+    if demos.actions.shape[1] == len(ACTION_NAMES):
+        warn_of_units(demos)
+    return demos
+
+
+def warn_of_units(demos):
+    """Actions that the contract (see the header) would take for something else."""
+    grip, move = demos.actions[:, 6], np.median(np.abs(demos.actions[:, :3]), axis=0)
+    where, low, high = demos.recording.folder, grip.min(), grip.max()
+    if low < -1.01 or high > 1.01 or -.01 < low < .99:
+        warnings.warn(f"{where}: gripper actions from {low:.3g} to {high:.3g}; need -1 (close) to +1 (open): what lies "
+                      "between is a half-open gripper", stacklevel=3)
+    if move.max() > .1:
+        warnings.warn(f"{where}: half of the moves are longer than {move.max():.2g} m a step; need deltas in metres: "
+                      "are these absolute poses, joints, or other units?", stacklevel=3)
 
 
 # ------------------------------------------------------------------------------- normalisation statistics
@@ -457,12 +486,16 @@ def action_statistics(actions, min_range=MIN_RANGE):
     return stats
 
 
-def policy_statistics(demos, name):
+def policy_statistics(demos, name, delta_mask=None):
     """Statistics of a list of Demos in the two official formats, JSON-ready: the `norm_stats` of OpenVLA's config.json
     (= dataset_statistics.json) under the key `name`, and openpi's norm_stats.json. One set of numbers for sim and real,
-    as in RL-Co. OpenVLA leaves the gripper alone: it already is in [-1, 1]."""
+    as in RL-Co. OpenVLA leaves the gripper alone: it already is in [-1, 1]. delta_mask (7,): the dimensions that a
+    pi0.5 policy learns relative to the state at the start of a chunk; their statistics are then of differences."""
+    actions = [part.actions if delta_mask is None else
+               (part.chunks(np.arange(len(part)))[0] - (part.states[:, :7] * delta_mask)[:, None]).reshape(-1, 7)
+               for part in demos]
     blocks = dict(state=statistics(np.concatenate([part.states for part in demos])),
-                  actions=action_statistics(np.concatenate([part.actions for part in demos])))
+                  actions=action_statistics(np.concatenate(actions)))
     blocks = {part: {key: value.tolist() for key, value in block.items()} for part, block in blocks.items()}
     action, proprio = ({key: blocks[part][key] for key in ("mean", "std", "max", "min", "q01", "q99")}
                        for part in ("actions", "state"))
@@ -613,16 +646,20 @@ def write_tables(part, camera, size, fps, robot, states, actions, texts, scenes)
 # ------------------------------------------------------------------------------- making demonstrations
 def record(task, domain, seed, image_size, noise, count, first):
     """Successes of the demonstrator in episodes first ... first + count - 1, in this order: a list of
-    (images (T, H, W, 3) uint8, states (T, 8), actions (T, 7), instruction, episode number)."""
+    (images (T, H, W, 3) uint8, states (T, 8), actions (T, 7), instruction, episode number). In the domain `pretrain`
+    states are (T, 23): VecEnv.landmarks are appended."""
     import envs
+    labelled = lambda obs: obs["state"] if domain != "pretrain" else np.concatenate(
+        [obs["state"], env.landmarks().reshape(-1, 15)], 1)
     env = envs.VecEnv(task, domain, min(4, count), seed, image_size=image_size, first_episode=first)
     # A person shows the real robot what to do, imperfectly; a script shows the simulated one.
     expert = envs.Expert(env, "teleop") if domain == "real" else envs.Expert(env, "expert", noise)
     obs, steps, ended = env.reset(), [[] for _ in range(env.num_envs)], {}
     while any(number not in ended for number in range(first, first + count)):
         executed, label = expert.act()       # (N, 7) each; the expert's noise is in the first one only
+        state = labelled(obs)
         for i, step in enumerate(steps):
-            step.append((obs["images"][i], obs["state"][i], label[i]))
+            step.append((obs["images"][i], state[i], label[i]))
         texts = obs["instructions"]
         obs, _, terminated, truncated, info = env.step(executed[:, None])
         for i in np.flatnonzero(terminated | truncated):
@@ -635,7 +672,7 @@ def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64, no
     """Records demonstrations in envs.py as LeRobot v3.0; main() has the units. Always the first successes in order of
     the episode numbers of `seed`, whatever the number of workers. Returns {task: success rate of the demonstrator}."""
     import envs
-    workers, limit, rates = workers or os.cpu_count(), 20 + 10 * episodes, {}
+    workers, limit, rates = workers or cores(), 20 + 10 * episodes, {}
     block = min(16, -(-episodes // workers))                         # episodes that a worker gets at once
 
     def successes(name):

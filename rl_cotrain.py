@@ -25,6 +25,7 @@ Output    OUT/policy, metrics.jsonl, curves.png, result.json, videos/, resume.pt
           domain, which takes the place of a real robot: Stage II sees it only through its demonstrations.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -45,13 +46,14 @@ import evaluate
 import policies
 import real_data
 import sft_warmstart
-from sft_warmstart import NAMES, all_sum, launch, on_signal, sum_gradients
+from sft_warmstart import NAMES, all_sum, on_signal, sum_gradients
 
 RL_SEED = 31_000                        # + --seed: of the scenes of Stage II; neither demonstrations' nor evaluation's
 BLOCK = 25                              # episodes that a rank evaluates at once
 EPISODES = 1 << 12                      # numbers set aside for the episodes of an iteration of a rank
 CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the critic that reads the simulator's state
-RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=2e-2)                # of the first ratio after a rollout, which is 1
+RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=.1)                  # of the first ratio after a rollout, which is 1
+DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - log pi by act|, mean over decisions
 
 # openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here;
 # pi0.5's L_SFT is a 30th of OpenVLA's, hence its lambda.
@@ -86,7 +88,8 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --iterations as they were")
     add("--save-every", type=int, default=10, help="iterations between resume.pt; 0 = only at the end")
     add("--eval-episodes", type=int, default=100, help="per task and domain, before and after; 0 = none")
-    add("--eval-every", type=int, default=0, help="iterations between evaluations for the curves; 0 = none")
+    add("--eval-every", type=int, default=0, help="iterations between evaluations (50 episodes, if there are as many "
+                                                  "in --eval-episodes) for the curves; 0 = none")
     add("--watch-real", action="store_true", help="log the loss on held-out real demos; opens them also if lambda is 0")
     add("--randomise", nargs="*", default=[], choices=("visual", "dynamics"),
         help="domain randomisation: what Stage II's simulation draws anew each episode, as `pretrain` of envs.py does")
@@ -100,9 +103,13 @@ def parse(argv=None):
             ("sim-ratio", float, "alpha, 0 to 1"), ("sim-data", str, "LeRobot data set; default: recorded"),
             ("real-data", str, "the same, of your robot"), ("sim-episodes", int, "to record per task"),
             ("real-episodes", int, "to record per task"), ("demos", str, "folder for what is recorded"),
+            ("camera", str, "image features of --real-data"), ("action-key", str, "its action feature"),
+            ("state-key", str, "its state feature"), ("task-key", str, "its text column"),
+            ("held-out", float, "share of episodes kept out of training"), ("pause", float, "m in .2 s; 0 = keep all"),
+            ("tokenizer", str, "tokenizer.json of a checkpoint without one"),
             ("lora-rank", int, "0 = train the weights themselves"), ("augment", str, "of demonstrations' images"),
             ("sft-steps", int, "optimizer steps of Stage I")):
-        group.add_argument("--" + flag, type=kind, help=text)
+        group.add_argument("--" + flag, type=kind, nargs="+" if flag == "camera" else None, help=text)
     group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
     for flag, kind, text in (
             ("lambda-real", float, "weight of L_SFT(real), >= 0; 0 = plain RL, real data is never opened"),
@@ -126,23 +133,29 @@ def parse(argv=None):
 
 def check_args(args):
     """Fills in presets; Stage I's flags become args.sft. One ValueError lists all that is wrong."""
-    name = args.checkpoint or args.policy
+    given = os.path.isdir(args.init)         # a policy of whatever kind, which says which preset is meant
+    name = args.init if given else args.checkpoint or args.policy
     args.dtype = {"bf16": "bfloat16"}.get(args.dtype, args.dtype)
     flags = [("--policy", name), ("--task", args.task), ("--seed", args.seed), ("--device", args.device),
              ("--steps", args.sft_steps), ("--dtype", args.dtype), ("--ranks", args.ranks or None),
              ("--eval-episodes", 0)]
     flags += [(f"--{key.replace('_', '-')}", getattr(args, key)) for key in (
-        "sim_ratio", "sim_data", "real_data", "sim_episodes", "real_episodes", "demos", "lora_rank", "augment")]
-    label = f"{pathlib.Path(name).name}-{args.task}"
+        "sim_ratio", "sim_data", "real_data", "sim_episodes", "real_episodes", "demos", "lora_rank", "augment",
+        "held_out", "pause", "action_key", "state_key", "task_key", "tokenizer")]
+    folder = pathlib.Path(name)              # OUT/policy is known by the name of OUT
+    label = f"{folder.parent.name if folder.name == 'policy' else folder.name}-{args.task}"
     chosen = [f"{flag}={value}" for flag, value in flags if value is not None]
+    chosen += ["--camera", *args.camera] if args.camera else []
     args.sft = sft_warmstart.parse(chosen + ["--gradient-checkpointing"] * args.gradient_checkpointing)
     args.sft.out = f"runs/sft-{label}-alpha{args.sft.sim_ratio:g}-seed{args.seed}"
-    args.dtype, args.augment = args.sft.dtype, args.sft.augment
+    args.dtype, args.augment, args.ranks = args.sft.dtype, args.sft.augment, args.ranks or args.sft.ranks
     for key, value in PRESETS[args.sft.preset].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.value_weight is None:            # a head that judges nothing need not learn
         args.value_weight = float(args.critic == "head")
+    args.ranks = min(args.ranks, args.num_envs, args.real_batch)
+    label += "-base" * (args.init == "base")
     args.out = args.out or f"runs/rl-{label}-lambda{args.lambda_real:g}-seed{args.seed}"
     checks = {
         f"--lambda-real {args.lambda_real}: need 0 or more": args.lambda_real >= 0,
@@ -153,13 +166,17 @@ def check_args(args):
         "--num-envs, --minibatch, --micro-batch, --real-batch, --epochs: need 1 or more":
             min(args.num_envs, args.minibatch, args.micro_batch, args.real_batch, args.epochs) > 0,
         f"--critic {args.critic}: need head or state": args.critic in ("head", "state"),
-        "--iterations, --steps, --critic-warmup, --eval-episodes: need 0 or more":
-            min(args.iterations, args.steps, args.critic_warmup, args.eval_episodes) >= 0,
-        f"--init {args.init}: need sft, base, or a folder": args.init in ("sft", "base") or os.path.isdir(args.init),
-        f"--resume: no {args.out}/resume.pt": not args.resume or pathlib.Path(args.out, "resume.pt").exists()}
+        "--iterations, --steps, --critic-warmup, --eval-episodes, --eval-every, --save-every: need 0 or more": 0 <= min(
+            args.iterations, args.steps, args.critic_warmup, args.eval_episodes, args.eval_every, args.save_every),
+        "--clip-norm, --entropy, --target-kl, --value-clip, --value-weight: need 0 or more":
+            min(args.clip_norm, args.entropy, args.target_kl, args.value_clip, args.value_weight) >= 0,
+        f"--init {args.init}: need sft, base, or a folder": args.init in ("sft", "base") or given}
     wrong = [text for text, fine in checks.items() if not fine]
     if wrong:
         raise ValueError("\n".join(wrong))
+    if args.resume and not pathlib.Path(args.out, "resume.pt").exists():
+        print(f"nothing to resume in {args.out} yet: Stage II starts", file=sys.stderr)        # Stage I may resume
+        args.resume = False
     return args
 
 def known_stage(args):
@@ -217,7 +234,7 @@ def inputs(policy, obs, frozen):
 def rollout(policy, env, steps, generator, frozen, critic=None):
     """T decisions in each environment, starting with new episodes; V is the policy's value head, or what critic makes
     of the simulator's state. Returns (T, N) lists and tensors of what update() needs, and the log: (successes,
-    episodes) of the first episodes of each task, sum of rewards, seconds."""
+    episodes) of the first episodes of each task (one that T cuts short is no success), sum of rewards, seconds."""
     tensor = lambda x: torch.from_numpy(x).to(policy.device)
 
     def value(obs):                          # (N,)
@@ -256,8 +273,7 @@ def rollout(policy, env, steps, generator, frozen, critic=None):
                 truth=truth, next_values=torch.where(ended, futures, following))
     score = {}
     for task in env.tasks:
-        finished = outcome[(tasks == task) & (outcome >= 0)]
-        score |= {f"successes/{task}": finished.sum(), f"episodes/{task}": len(finished)}
+        score |= {f"successes/{task}": (outcome[tasks == task] > 0).sum(), f"episodes/{task}": (tasks == task).sum()}
     return data, dict(score, reward=rewards.sum().item(), **seconds)
 
 # ---- update --------------------------------------------------------------------------------------------------
@@ -332,6 +348,7 @@ class Learner:
         spread = all_sum((target - all_sum(target.double().sum()) / moments[0]).pow(2).sum()) / moments[0]
         data.update(advantage=((advantage - mean) / (math.sqrt(max(variance, 0)) + 1e-5)).flatten(),
                     target=target.flatten(), value=data["values"].flatten())
+        drift = self.settle(data) if args.dtype == "bfloat16" else 0.
         pieces = max(1, round(moments[0].item() / args.minibatch))
         history, frozen = [], self.iteration < args.critic_warmup
         only_critic = frozen and self.critic is not None       # one minibatch checks the ratio, then the critic learns
@@ -341,39 +358,52 @@ class Learner:
             for k, rows in enumerate(order.tensor_split(pieces)):
                 torch.manual_seed(number(args.seed, self.iteration, epoch * pieces + k, self.rank) + 1)
                 logs = gradients(self.policy, data, rows, None if frozen else self.real, args)
-                if not history and logs["worst"] > RATIO_TOLERANCE[args.dtype]:
+                if not history and (logs["worst"] > RATIO_TOLERANCE[args.dtype] or drift > DRIFT):
                     raise RuntimeError(
                         f"iteration {self.iteration}: the first ratio after a rollout is off by {logs['worst']:.1e}, "
-                        f"allowed {RATIO_TOLERANCE[args.dtype]:.0e}: act and evaluate disagree. Look at temperature, "
+                        f"allowed {RATIO_TOLERANCE[args.dtype]:.0e}; log-probs by {drift:.2g} nats, allowed {DRIFT} "
+                        "(both 0 in exact arithmetic): act and evaluate disagree. Look at temperature, "
                         "prompt padding, train()/eval(), dtype, stale features or weights changed in between")
                 for p in self.actor if frozen else ():         # the value head learns alone
                     p.grad = None
                 logs["grad_norm"] = nn.utils.clip_grad_norm_(self.named.values(), args.clip_norm or math.inf).item()
-                self.step(logs)
-                history.append(logs)
-                if only_critic:
+                history.append(logs | dict(skipped=not self.step(logs)))
+                enough = only_critic or args.target_kl and logs["kl"] > args.target_kl
+                if enough:
                     break
-            if only_critic or args.target_kl and logs["kl"] > args.target_kl:
+            if enough:
                 break
         if self.critic is not None:
             self.fit_critic(data["truth"].flatten(0, 1), data["target"])
         kept = [key for key in logs if key != "value" or args.value_weight]       # else of a head that judges nothing
-        return {key: float(np.mean([logs[key] for logs in history])) for key in kept} | dict(
-            explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"])
+        fine = [logs for logs in history if not logs["skipped"]] or history
+        return {key: float(np.mean([logs[key] for logs in fine])) for key in kept} | dict(
+            explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"],
+            skipped=sum(logs["skipped"] for logs in history)) | (dict(drift=drift) if drift else {})
+
+    @torch.no_grad()
+    def settle(self, data):
+        """bfloat16: act, with its cache, rounds otherwise than evaluate, which is then asked for the log-probs of the
+        rollout. Returns by how much they differ: mean over decisions and ranks, nats."""
+        logp = torch.cat([self.policy.evaluate(**take(data, rows))[0] for rows in
+                          torch.arange(len(data["logp"]), device=self.policy.device).split(self.args.micro_batch)])
+        apart, data["logp"] = (logp - data["logp"]).abs().mean(), logp
+        return all_sum(apart / self.world).item()
 
     def fit_critic(self, truth, target):
         """Regression of the value targets (M,) on the simulator's state (M, 16). An asymmetric critic (Pinto et al.
         2018): only training needs it, and only simulation trains. Pictures tell it a few centimetres, the state all."""
         for epoch in range(CRITIC_EPOCHS):
             shuffle = torch.Generator().manual_seed(number(self.args.seed, self.iteration, 1 << 14 | epoch, self.rank))
-            for rows in torch.randperm(len(target), generator=shuffle).to(target.device).split(CRITIC_BATCH):
+            for rows in torch.randperm(len(target), generator=shuffle).to(target.device).split(
+                    max(1, CRITIC_BATCH // self.world)):       # as many steps, whatever the number of ranks
                 self.critic_optimizer.zero_grad()
                 (F.mse_loss(self.critic(truth[rows]), target[rows]) / self.world).backward()
                 sum_gradients(list(self.critic.parameters()))
                 self.critic_optimizer.step()
 
     def step(self, logs):
-        """One optimizer step, unless something is not finite; five of those in a row end the run."""
+        """One optimizer step, unless something is not finite: then False; five of those in a row end the run."""
         fine = math.isfinite(sum(logs.values()))
         if fine:
             self.optimizer.step()
@@ -381,16 +411,25 @@ class Learner:
         if self.skipped == 5:
             raise RuntimeError(f"iteration {self.iteration}: not finite 5 times in a row: {logs}; lower --lr or "
                                "--value-lr, or look at the demonstrations with real_data.py")
+        return fine
+
+    def frozen_sum(self):
+        """Of what does not train, and so comes from Stage I's folder again: statistics, and the sum of the weights."""
+        rest = [p.double().sum().item() for p in self.policy.parameters() if not p.requires_grad]
+        return json.dumps(self.policy.statistics, sort_keys=True), math.fsum(rest)
 
     def save(self, path):
         sft_warmstart.save_state(dict(
             args=saved_args(self.args), iteration=self.iteration, optimizer=self.optimizer.state_dict(),
+            frozen=self.frozen_sum(),
             weights={name: p.detach() for name, p in self.named.items()},
             critic=self.critic and (self.critic.state_dict(), self.critic_optimizer.state_dict()),
             real=self.real.state_dict() if self.real is not None else None), path)
 
     def load(self, path):
         state = sft_warmstart.load_state(path, saved_args(self.args), (), self.named)
+        if tuple(state["frozen"]) != self.frozen_sum():
+            raise ValueError(f"--resume: {path} goes with a Stage I that has been made anew; choose another --out")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"][0])
@@ -438,7 +477,7 @@ def success_rates(args, policy, episodes, rank, world, label, frames=0):
 
 def start_policy(args, rank, world, device):
     """The policy that Stage II starts from; runs Stage I first, if need be. None if a signal stopped that."""
-    source, fresh = {"base": args.checkpoint or args.policy}.get(args.init, args.init), args.init == "base"
+    source = {"base": args.checkpoint or args.policy}.get(args.init, args.init)
     if args.init == "sft":
         source = pathlib.Path(args.sft.out, "policy")
         if args.stage_one:                   # what an interrupted Stage I left is gone on with
@@ -448,15 +487,22 @@ def start_policy(args, rank, world, device):
             dist.barrier()
         if not source.exists():
             return None
-    return policies.load_policy(source, device, args.dtype, freeze=args.freeze, seed=args.seed, gradient_checkpointing=
-                                args.gradient_checkpointing, lora_rank=args.sft.lora_rank if fresh else 0)
+    policy = policies.load_policy(source, device, args.dtype, freeze=args.freeze, lora_rank=args.sft.lora_rank,
+                                  gradient_checkpointing=args.gradient_checkpointing, tokenizer=args.tokenizer,
+                                  seed=args.seed)
+    if args.init == "base" and policy.settings["unnorm_key"] is None and len(policy.statistics) != 1:
+        limit = envs.ACTION_LIMIT            # an official base knows many robots, or none: this one's range
+        policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
+    return policy
 
 def iterate(args, learner, env, steps, frozen):
     """One iteration: rollout and update -> {name: value} over all ranks."""
     start, i, world, policy = time.perf_counter(), learner.iteration, learner.world, learner.policy
+    clock = dict(env.seconds)                # of physics and of OpenGL, so far
     env.first_episode = learner.rank + world * EPISODES * i
     noise = torch.Generator(policy.device).manual_seed(number(args.seed, i, 1 << 15, learner.rank))
     data, seen = rollout(policy, env, steps, noise, frozen, learner.critic)
+    seen |= {key: env.seconds[key] - clock[key] for key in clock}
     middle = time.perf_counter()
     logs, now = learner.update(data), time.perf_counter
     sums = all_sum(torch.tensor([float(x) for x in seen.values()], dtype=torch.float64, device=policy.device))
@@ -467,11 +513,15 @@ def iterate(args, learner, env, steps, frozen):
         logs |= {f"success/{task}": k / n for task, k, n in zip(env.tasks, won.tolist(), ended.tolist()) if n}
     return logs | dict(success=won.sum() / max(1, ended.sum()), reward=seen["reward"] / total,
                        act_s=seen["act"] / world, env_s=seen["env"] / world, update_s=now() - middle,
+                       physics_s=seen["physics"] / world, render_s=seen["gl"] / world,
                        env_steps_per_s=total * steps * policy.settings.get("chunk", 1) / spent)
 
 def work(args, rank, world, device):
     """What each rank does: Stage I if need be, evaluation, the loop of Stage II, evaluation."""
     out, start = pathlib.Path(args.out), time.perf_counter()
+    if rank == 0:
+        print(f"{known_stage(args)}, then {known_anchor(args)}: {args.checkpoint or args.policy}, {args.task} -> {out}")
+        (out / "args.json").write_text(json.dumps(vars(args) | dict(command=sys.argv, sft=vars(args.sft)), indent=1))
     policy = start_policy(args, rank, world, device)
     if policy is None:
         return
@@ -514,11 +564,15 @@ def work(args, rank, world, device):
 def first_evaluation(args, policy, rank, world):
     """success_rates of the policy that Stage II starts from; kept for --resume."""
     file = pathlib.Path(args.out, "before.json")
-    if args.resume and file.exists():
-        return json.loads(file.read_text())
-    before = success_rates(args, policy, args.eval_episodes, rank, world, "before")
-    if rank == 0:
-        file.write_text(json.dumps(before))
+    before = json.loads(file.read_text()) if args.resume and file.exists() else {}
+    if {len(episodes) for episodes in before.values()} != {args.eval_episodes} - {0}:
+        before = success_rates(args, policy, args.eval_episodes, rank, world, "before")
+        if world > 1:
+            dist.barrier()                   # all have read the old file
+        if rank == 0:
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(before))
+            os.replace(part, file)
     return before
 
 def finish(args, policy, before, rank, world, seconds):
@@ -578,21 +632,12 @@ def check_stage_one(args):
 def co_train(args):
     """The main job with args = parse([...]). Returns the checkpoint folder, or None if a signal stopped it."""
     args.stage_one = args.init == "sft" and not check_stage_one(args)
-    out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{known_stage(args)}, then {known_anchor(args)}: {args.checkpoint or args.policy}, {args.task} -> {out}")
-        (out / "args.json").write_text(json.dumps(vars(args) | dict(command=sys.argv, sft=vars(args.sft)), indent=1))
-    inode = lambda: (out / "policy").exists() and (out / "policy").stat().st_ino
-    before = inode()                         # of an earlier run into the same folder
-    launch(work, args)
-    return out / "policy" if inode() not in (False, before) else None
+    alone = args.stage_one and int(os.environ.get("RANK", 0)) == 0
+    with sft_warmstart.only_run(args.sft.out) if alone else contextlib.nullcontext():
+        return sft_warmstart.run_in(args, work)
 
 def main():
-    try:
-        sys.exit(0 if co_train(parse()) else 130)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sft_warmstart.run_main(co_train, parse)
 
 if __name__ == "__main__":
     main()

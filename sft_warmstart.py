@@ -19,12 +19,14 @@ Pre-training  the same loop on the domain `pretrain` of envs.py, which shares no
 Ranks         each draws its share of the global batch; gradients are summed. Their number changes no sample.
 Resume        --resume goes on from OUT/resume.pt, bit for bit on one CPU rank. Random numbers of a step are a
               function of (seed, step, rank): there is no generator state to lose. Ctrl-C saves, then ends.
+Nodes         several of them (torchrun) must see the same OUT and demos folders.
 Output        OUT/policy (checkpoint folder), metrics.jsonl, loss.png, result.json, args.json, resume.pt
 Evaluation    on scenes of a fixed seed that no demonstration has. "stand-in" is the second MuJoCo domain, which
               takes the place of the real robot: none is attached.
 """
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -92,9 +94,11 @@ def parse(argv=None):
     add("--sim-episodes", type=int, default=300, help="to record per task if --sim-data is not given, >= 2")
     add("--real-episodes", type=int, default=50, help="the same for --real-data")
     add("--demos", default="runs/demos", help="folder for what is recorded; what is there already is used again")
-    add("--camera", nargs="+", help="image features to use; default: the first that is not on the wrist")
+    add("--camera", nargs="+", help="image features of --real-data; default: the first that is not on the wrist")
+    for name in ("action", "state", "task"):
+        add(f"--{name}-key", help=f"its {name} feature, if it is not found by itself (real_data.py DATASET shows)")
     add("--held-out", type=float, default=.1, help="share of episodes kept out of training to measure the loss, 0 to 1")
-    add("--pause", type=float, default=.003, help="frames whose action moves less [m] are left out, >= 0; 0 = keep all")
+    add("--pause", type=float, default=.003, help="frames that move less [m in .2 s] are left out, >= 0; 0 = keep all")
     add("--out", default="runs/sft", help="folder of this run")
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --steps must be as they were")
     add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
@@ -109,6 +113,7 @@ def parse(argv=None):
     add("--save-every", type=int, default=500, help="steps between resume.pt; 0 = only when interrupted")
     add("--device", help="cpu or cuda; default: cuda if there is one")
     add("--ranks", type=int, default=0, help="processes; 0 = one per GPU, else one per CPU core; torchrun knows better")
+    add("--tokenizer", help="path of a tokenizer.json, for checkpoints that come without one")
     add("--freeze", default="none", help="none, vision, or vlm (only the action expert of pi0.5 trains)")
     add("--gradient-checkpointing", action="store_true", help="a third more time, far less memory")
     group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
@@ -132,50 +137,64 @@ def parse(argv=None):
 def check_args(args):
     """Fills in the preset; one ValueError lists all that is wrong."""
     tiny = args.pretrain or args.scratch
-    config = {} if tiny else policies.read_json(policies.find_folder(args.policy) / "config.json", {})
-    kind = args.policy if tiny else "openvla" if config.get("model_type") == "openvla" else "pi05"
+    config = {} if tiny else policies.read_json(policies.find_base(args.policy)[0] / "config.json", {})
+    kind = args.policy if tiny else policies.kind_of(config)
     tiny = tiny or "tiny_timm_kwargs" in config or config.get("vlm", {}).get("width", 2048) < 1024
     args.preset = f"{kind}{'-tiny' * tiny}"
     for name, value in PRESETS.get(args.preset, PRESETS["openvla-tiny"]).items():
         if getattr(args, name) is None:
             setattr(args, name, 3 * value if name == "steps" and args.task == "all" else value)
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     if args.pretrain:                        # first pictures take the place of real samples
         args.sim_ratio = 1 - args.first_ratio
     checks = {
-        f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05": kind in ("openvla", "pi05"),
+        f"--policy {args.policy}: --scratch and --pretrain need openvla or pi05, others a config.json of one of them":
+            kind in ("openvla", "pi05"),
         f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
         f"--sim-ratio {args.sim_ratio}: need 0 to 1": 0 <= args.sim_ratio <= 1,
         f"--augment {args.augment}: need one of {', '.join(AUGMENT)}, none": args.augment in (*AUGMENT, "none"),
         f"--optimizer {args.optimizer}: need adamw or muon": args.optimizer in ("adamw", "muon"),
         f"--statistics {args.statistics}: need base or data": args.statistics in ("base", "data"),
         f"--seed {args.seed}: need 0 or more, and not that of the evaluation": 0 <= args.seed != EVAL_SEED,
-        f"--pause {args.pause}: need 0 m or more": args.pause >= 0,
         "--steps, --batch, --micro-batch: need 0, 1, 1 or more": min(args.steps + 1, args.batch, args.micro_batch) > 0,
         "--lr, --ema, --final-lr: out of range": args.lr > 0 and 0 <= args.ema < 1 and 0 <= args.final_lr <= 1,
+        "--pause, --clip, --warmup, --decay-steps, --val-every, --save-every, --eval-episodes: need >= 0": 0 <= min(
+            args.pause, args.clip, args.warmup, args.decay_steps, args.val_every, args.save_every, args.eval_episodes),
+        f"--device {args.device}: need cpu, or cuda where there is a GPU":
+            args.device in (None, "cpu") or args.device == "cuda" and gpus,
+        f"--ranks {args.ranks}: need 0 or more, and no more than there are GPUs": 0 <= args.ranks <= (gpus or math.inf),
         f"--resume: no {args.out}/resume.pt": not args.resume or pathlib.Path(args.out, "resume.pt").exists()}
-    wrong = [text for text, fine in checks.items() if not fine]
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    if not all(checks.values()):
+        raise ValueError("\n".join(text for text, fine in checks.items() if not fine))
+    args.ranks = args.ranks or min(gpus or real_data.cores(), args.batch)
     return args
 
 # ---- ranks ---------------------------------------------------------------------------------------------------
 
 def launch(work, args):
-    """work(args, rank, world, device) in each rank: those of torchrun, else one per GPU, else one per CPU core with one
-    thread (two ranks of one thread beat one rank of two by far). SIGINT and SIGTERM reach all of them."""
-    cuda = args.device != "cpu" and torch.cuda.is_available()
+    """work(args, rank, world, device) in each rank: those of torchrun, else --ranks processes with one thread each (on
+    CPU two ranks of one thread beat one rank of two by far). SIGINT and SIGTERM reach all of them."""
+    cuda, stopped = args.device != "cpu" and torch.cuda.is_available(), []
     if "LOCAL_RANK" in os.environ:
         return run_rank(int(os.environ["LOCAL_RANK"]), work, args, int(os.environ["WORLD_SIZE"]), cuda, "env://")
-    world = args.ranks or (torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)))
-    if world == 1:
+    if args.ranks == 1:
         return run_rank(0, work, args, 1, cuda, None)
     with tempfile.TemporaryDirectory() as folder:
         ranks = torch.multiprocessing.start_processes(
-            run_rank, (work, args, world, cuda, f"file://{folder}/store"), world, join=False, start_method="spawn")
-        forward = lambda number, frame: [process.terminate() for process in ranks.processes]
-        with on_signal(forward):
-            while not ranks.join():
-                pass
+            run_rank, (work, args, args.ranks, cuda, f"file://{folder}/store"), args.ranks, join=False,
+            start_method="spawn")
+        forward = lambda number, frame: stopped.extend(process.terminate() for process in ranks.processes)
+        try:
+            with on_signal(forward):
+                while not ranks.join():
+                    pass
+        except torch.multiprocessing.ProcessExitedException:
+            if not stopped:                  # else a rank that was not in its loop yet: nothing to save
+                raise
+        except torch.multiprocessing.ProcessRaisedException as error:
+            if "\nValueError: " in str(error):                # the user's; else all of its traceback
+                raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
+            raise
 
 @contextlib.contextmanager
 def on_signal(handler):
@@ -193,13 +212,28 @@ def run_rank(local_rank, work, args, world, cuda, store):
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)           # CPUs multiply subnormal numbers, of which gradients are full, 3 x slower
-    if store:
-        dist.init_process_group("nccl" if cuda else "gloo", store, rank=rank, world_size=world)
-    try:
+    if not store:
         return work(args, rank, world, device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # so that `finally` clears up while recording
+    dist.init_process_group("nccl" if cuda else "gloo", store, rank=rank, world_size=world,
+                            timeout=datetime.timedelta(hours=6))     # the others wait while rank 0 records, or saves
+    try:
+        work(args, rank, world, device)
+        dist.barrier()                       # nobody looks for, or is taken to wait for, what rank 0 still writes
     finally:
-        if store:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+@contextlib.contextmanager
+def only_run(folder):
+    """ValueError if another process, on this machine, is in here with the same folder."""
+    from filelock import FileLock, Timeout                           # comes with huggingface_hub
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"{folder}: another run is writing there; wait for it, or choose another folder") from None
 
 def all_sum(tensor):
     """Sum over ranks, in place."""
@@ -345,11 +379,16 @@ def micro_losses(policy, batch, args, probe=None, train=False):
     for rows in np.split(np.arange(len(batch["sim"])), range(args.micro_batch, len(batch["sim"]), args.micro_batch)):
         images = torch.from_numpy(batch["images"][rows]).to(policy.device)
         images = augment(images, args.augment) if train and args.augment != "none" else images
+        crop = policy.settings.get("center_crop")
+        if crop and train and args.augment == "openvla":
+            policy.settings["center_crop"] = False             # its random crops take the place of the central one
         images = policy.encode_images(images) if probe else images
         texts, actions = [batch["instructions"][i] for i in rows], torch.from_numpy(batch["actions"][rows])
         state = torch.from_numpy(batch["state"][rows])
         extra = dict(state=state) if policies.reads_state(policy.settings) else {}
         loss = policy.bc_loss(images, texts, actions, reduction="none", **extra)
+        if crop:
+            policy.settings["center_crop"] = True
         aux, error = loss.new_zeros(2)
         if probe:
             aux, error = probe(images, state[:, -15:].view(-1, 3, 5).to(loss.device), *policy.prompt(texts))
@@ -378,7 +417,7 @@ def loss_and_gradients(policy, batch, args, probe=None):
 
 @torch.no_grad()
 def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
-    """{name: value}: loss of up to `most` frames of the held-out episodes of each domain; always the same frames."""
+    """{name: value}: loss of up to `most` frames of the held-out episodes of each domain, the same ones each time."""
     logs = {}
     for domain, name in zip(DOMAINS, part_names(args)):
         if held_out.get(domain):
@@ -387,7 +426,7 @@ def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
             sums = torch.zeros(4, dtype=torch.float64)
             batch = held_out[domain].batch(order) | dict(sim=np.zeros(len(order)))
             keep = kept_steps(policy, batch)
-            for rows, loss, aux, error in micro_losses(policy, batch, args, probe):
+            for rows, loss, aux, error in micro_losses(policy, batch, args, probe) if len(order) else ():
                 sums += torch.tensor([(keep[rows] * loss).sum(), keep[rows].sum(), len(rows) * error, len(rows)])
             total, k, error, n = all_sum(sums.to(policy.device)).tolist()
             logs |= {f"held_out/{name}": total / k} | ({f"held_out/{name}_mm": 1e3 * error / n} if probe else {})
@@ -396,22 +435,9 @@ def held_out_losses(policy, held_out, args, rank, world, probe=None, most=512):
 # ---- data ----------------------------------------------------------------------------------------------------
 
 def record_labelled(block):
-    """Those of episodes first .. first + count - 1 of the pretrain domain that succeed: what write_dataset takes, with
-    landmarks (15,) appended to the state (8,)."""
+    """Those of episodes first .. first + count - 1 of the pretrain domain that succeed: what write_dataset takes."""
     first, count, seed, size = block
-    env = envs.VecEnv("all", "pretrain", min(4, count), seed, image_size=size, first_episode=first)
-    expert, obs, done, steps = envs.Expert(env, noise=.01), env.reset(), {}, [[] for _ in range(min(4, count))]
-    while any(number not in done for number in range(first, first + count)):
-        executed, label = expert.act()
-        labelled = np.concatenate([obs["state"], env.landmarks().reshape(-1, 15)], 1)        # (N, 23)
-        for i, step in enumerate(steps):
-            step.append((obs["images"][i].copy(), labelled[i], label[i].copy()))
-        texts = obs["instructions"]
-        obs, _, _, _, info = env.step(executed[:, None])
-        for i in info["ended"]:
-            number, arrays = int(info["episode"][i]), [np.stack(column) for column in zip(*steps[i])]
-            done[number], steps[i] = (*arrays, texts[i], number) if info["success"][i] else None, []
-    return [done[number] for number in range(first, first + count) if done[number]]
+    return real_data.record("all", "pretrain", seed, size, .01, count, first)
 
 def record_first(block):
     """The same of the first pictures alone, of scenes of one of FIRST_TASKS: only the words tell which object is meant
@@ -426,13 +452,15 @@ def record_first(block):
 
 def make_pretrain_demos(record, episodes, seed, out, size, block=32):
     """Writes what record makes of episodes 0 .. episodes - 1, on all cores; which cores there are changes nothing."""
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+    with multiprocessing.get_context("spawn").Pool(real_data.cores()) as pool:
         blocks = [(first, min(block, episodes - first), seed, size) for first in range(0, episodes, block)]
         parts = tqdm(pool.imap(record, blocks), f"pretrain, {block} episodes each", len(blocks))
         real_data.write_dataset(out, itertools.chain.from_iterable(parts), fps=5)
 
 def demo_paths(args, size):
-    """{"sim": path, "real": path} of what alpha needs; records what is neither given nor there."""
+    """{"sim": path, "real": path} of what alpha needs; records what is neither given nor there. Who wants the same
+    demonstrations at the same time waits for who records them."""
+    from filelock import FileLock
     paths = {}
     for name in [name for name, share in zip(DOMAINS, (1 - args.sim_ratio, args.sim_ratio)) if share]:
         given, episodes = getattr(args, f"{name}_data"), getattr(args, f"{name}_episodes")
@@ -443,25 +471,37 @@ def demo_paths(args, size):
             label = f"pretrain-{PRETRAIN_PARTS[part]}-{episodes}"
         path = pathlib.Path(args.demos, f"{label}-seed{args.seed}-{size}px")
         paths[name] = given or path
-        if not given and not path.exists():
-            print(f"recording {path}", file=sys.stderr)
-            if record:
-                make_pretrain_demos(record, episodes, PRETRAIN_SEED + args.seed, path, size)
-            else:
-                real_data.make_demos(args.task, name, episodes, path, args.seed, image_size=size)
+        if given:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                print(f"recording {path}", file=sys.stderr)
+                if record:
+                    make_pretrain_demos(record, episodes, PRETRAIN_SEED + args.seed, path, size)
+                else:
+                    real_data.make_demos(args.task, name, episodes, path, args.seed, image_size=size)
     return paths
 
 def open_sets(args, policy, rank):
     """({name: training Demos}, {name: held-out Demos}) of the domains that alpha needs; the other is never opened."""
-    if rank == 0:
-        demo_paths(args, policy.image_size)
-    if dist.is_initialized():
-        dist.barrier()
     fit, horizon = "stretch" if isinstance(policy, policies.OpenVLA) else "pad", policy.settings.get("horizon", 1)
+    names = dict(cameras=args.camera, action_key=args.action_key, state_key=args.state_key, task_key=args.task_key)
+    if rank == 0 and args.real_data and args.sim_ratio < 1 and not args.pretrain:      # before anything is recorded
+        real_data.read_lerobot(args.real_data, **names).problems.stop(args.real_data)
     sets = {}
     for name, path in demo_paths(args, policy.image_size).items():
-        demos = real_data.open_dataset(path, policy.image_size, horizon, args.camera, fit)
-        sets[name] = [part and part.without_pauses(args.pause) for part in demos.split(args.held_out)]
+        given = names if name == "real" and args.real_data else {}
+        demos = real_data.open_dataset(path, policy.image_size, horizon, fit=fit, **given)
+        fps = demos.recording.info["fps"]
+        least, sees = args.pause * envs.CONTROL_HZ / fps, args.pretrain or policies.reads_state(policy.settings)
+        sets[name] = [part and part.without_pauses(least) for part in demos.split(args.held_out)]
+        for part in filter(None, () if sees else sets[name]):        # its size may differ between sim and real
+            part.states = part.states[:, :0]
+        if rank == 0 and given:
+            kept, slow = sum(map(len, filter(None, sets[name]))), f", but {envs.CONTROL_HZ} in simulation"
+            print(f"{path}: {len(demos.lengths)} episodes; {kept} of {len(demos)} frames move (--pause); {fps} actions "
+                  f"a second{slow * (fps != envs.CONTROL_HZ)}", file=sys.stderr)
     return {name: pair[0] for name, pair in sets.items()}, {name: pair[1] for name, pair in sets.items()}
 
 # ---- the policy ----------------------------------------------------------------------------------------------
@@ -473,7 +513,8 @@ def make_policy(args, device):
         policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
         return policy
     return policies.load_policy(args.policy, device, args.dtype, lora_rank=args.lora_rank, freeze=args.freeze,
-                                gradient_checkpointing=args.gradient_checkpointing, seed=args.seed)
+                                gradient_checkpointing=args.gradient_checkpointing, tokenizer=args.tokenizer,
+                                seed=args.seed)
 
 # ---- training ------------------------------------------------------------------------------------------------
 
@@ -491,8 +532,11 @@ def changed_flags(before, now, free):
             if name not in free and now.get(name) != value]
 
 def save_state(state, path):
-    """Under a temporary name, then renamed: a killed run leaves the old file, never half of one."""
-    torch.save(state, f"{path}.tmp")
+    """Under a temporary name, then renamed: a killed run or a power cut leaves the old file, never half of one."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
 def load_state(path, args, free, named):
@@ -586,9 +630,10 @@ class Log:
 
     def __init__(self, out, step, rank):
         self.path, self.rows, self.rank = out / "metrics.jsonl", [], rank
-        if step and self.path.exists():      # of an interrupted run: what came after resume.pt will come again
-            self.rows = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= step]
         if rank == 0:
+            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+            whole = [json.loads(line) for line in lines if line.endswith("}")]         # a full disk leaves half of one
+            self.rows = [row for row in whole if row["step"] <= step]        # what came after resume.pt comes again
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, step, values):
@@ -615,12 +660,13 @@ def train(args, policy, rank, world, out):
     """The loop. Returns True if it came to its end, False if a signal stopped it (then resume.pt is up to date)."""
     sets, held_out = open_sets(args, policy, rank)
     if args.statistics == "data" and not args.pretrain:
-        stats = real_data.policy_statistics(list(sets.values()), "demos")[1]["norm_stats"]
-        policy.set_statistics("demos", dict(action=stats["actions"], state=stats["state"]))
+        stats = real_data.policy_statistics(list(sets.values()), "demos", policy.settings.get("delta_mask"))[1]
+        stats = stats["norm_stats"]
+        state = dict(state=stats["state"]) if policies.reads_state(policy.settings) else {}
+        policy.set_statistics("demos", dict(action=stats["actions"]) | state)
     probe = Probe(policy).to(policy.device) if args.pretrain and args.aux_weight else None
     sampler = real_data.MixSampler(
         sets.get("sim"), sets.get("real"), args.sim_ratio, args.batch, args.seed, rank, world)
-    # A signal may set `stop` while it is being summed, and ranks must agree: each sends a copy of it.
     trainer, stop = Trainer(args, policy, probe, sampler, rank, world), torch.zeros(1)
     if args.resume:
         trainer.load(out / "resume.pt")
@@ -628,7 +674,7 @@ def train(args, policy, rank, world, out):
     with on_signal(lambda *_: stop.fill_(1)), tqdm(
             total=args.steps * args.batch, initial=trainer.step * args.batch, unit="sample", unit_scale=True,
             disable=rank > 0, desc=out.name) as bar:
-        while trainer.step < args.steps and not all_sum(stop.clone().to(policy.device)).item():
+        while trainer.step < args.steps and not all_sum(stop.clone().to(policy.device)).item():       # ranks must agree
             logs, step = trainer.update(policy, probe), trainer.step
             if step == args.steps or args.val_every and step % args.val_every == 0:
                 logs |= held_out_losses(policy, held_out, args, rank, world, probe)
@@ -699,18 +745,16 @@ def save_policy(policy, out, half=False):
 def work(args, rank, world, device):
     """What each rank does: train, save the policy, evaluate."""
     out, start = pathlib.Path(args.out), time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
     policy = make_policy(args, device)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(dict(command=sys.argv, world=world, **vars(args)), indent=1))
-    if args.augment == "openvla" and "center_crop" in policy.settings:
-        policy.settings["center_crop"] = False                 # the random crops take its place
+    if args.steps and args.augment == "openvla" and "center_crop" in policy.settings:
+        policy.settings["center_crop"] = True                  # what is not augmented: the central 90 %, as officially
     if args.steps and not train(args, policy, rank, world, out):
         if rank == 0:
             print(f"interrupted; go on with --resume (the flags as before, {out}/resume.pt)", file=sys.stderr)
         return
-    if args.augment == "openvla" and "center_crop" in policy.settings:
-        policy.settings["center_crop"] = True                  # from now on the central 90 %, as in official fine-tunes
     seconds = time.perf_counter() - start
     if rank == 0:
         save_policy(policy, out, args.half)
@@ -723,16 +767,34 @@ def work(args, rank, world, device):
 
 def warm_start(args):
     """Stage I with args = parse([...]). Returns the checkpoint folder, or None if a signal stopped the run."""
-    folder = pathlib.Path(args.out, "policy")
-    before = folder.exists() and folder.stat().st_ino          # of an earlier run into the same folder
-    launch(work, args)
-    return folder if folder.exists() and folder.stat().st_ino != before else None
+    return run_in(args, work)
+
+def run_in(args, work):
+    """launch(work, args), alone in args.out, where no other run's checkpoint may be overwritten. Returns OUT/policy, or
+    None if a signal stopped the run."""
+    out = pathlib.Path(args.out)
+    inode = lambda: (out / "policy").exists() and (out / "policy").stat().st_ino         # of an earlier run, or this
+    if int(os.environ.get("RANK", 0)) > 0:                     # torchrun's others: rank 0 looks after the folder
+        launch(work, args)
+        return out / "policy"
+    with only_run(out):
+        if (out / "resume.pt").exists() and not args.resume:
+            raise ValueError(f"{out} holds a run: --resume goes on with it; else remove it, or choose another --out")
+        before = inode()
+        launch(work, args)
+        return out / "policy" if inode() not in (False, before) else None
+
+def run_main(job, parse):
+    """main() of both stages: 0, 130 if a signal stopped the run, or one message."""
+    try:
+        sys.exit(0 if job(parse()) else 130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 def main():
-    try:
-        sys.exit(0 if warm_start(parse()) else 130)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_main(warm_start, parse)
 
 if __name__ == "__main__":
     main()
