@@ -3261,6 +3261,176 @@ def test_rl_critic_warm_up_moves_the_value_head_only():
         assert changed and all(name.startswith("value_head") for name in changed) == expected
 
 
+def test_adapters_go_on_training(tmp_path):
+    """A checkpoint with adapters keeps them when lora_rank is given again; adapters alone are known by their base."""
+    policies.make_tiny("openvla").save(tmp_path / "base")
+    policy = policies.load_policy(tmp_path / "base", lora_rank=4)
+    for module in policies.lora_modules(policy).values():
+        module.lora_B.weight.data.normal_(std=.05)
+    policy.save(tmp_path / "tuned")
+    images, texts = policy_batch(2)
+    trace = policy.act(images, texts).trace
+    again = policies.load_policy(tmp_path / "tuned", lora_rank=4)
+    assert torch.allclose(again.evaluate(images, texts, trace)[0], policy.evaluate(images, texts, trace)[0], atol=1e-5)
+    assert all(len(layer._forward_hooks) == 1 for layer in policies.lora_modules(again).values())
+    with pytest.raises(ValueError, match=r"lora_rank: got 8; need \[4\]"):
+        policies.load_policy(tmp_path / "tuned", lora_rank=8)
+    policies.save_lora(policy, tmp_path / "alone", base=str(tmp_path / "base"))
+    assert sft_warmstart.parse(["--policy", str(tmp_path / "alone")]).preset == "openvla-tiny"
+    (tmp_path / "base/config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(ValueError, match="config.json of one of them"):
+        sft_warmstart.parse(["--policy", str(tmp_path / "base")])
+
+
+def test_official_crops_are_cut_once(monkeypatch):
+    """Training pictures by OpenVLA's recipe: the random crop, not the central one on top of it; others: the central one."""
+    policy, cuts, cut = policies.make_tiny("openvla", center_crop=True), [], policies.center_crop_90
+    monkeypatch.setattr(policies, "center_crop_90", lambda *args: cuts.append(1) or cut(*args))
+    batch = sft_batch(policy, [0, 0, 0])
+    args = types.SimpleNamespace(augment="openvla", micro_batch=2, aux_weight=0, pretrain=False)
+    sft_warmstart.loss_and_gradients(policy, batch, args)
+    assert not cuts and policy.settings["center_crop"]
+    list(sft_warmstart.micro_losses(policy, batch, args))
+    policy.encode_images(batch["images"])
+    assert len(cuts) == 3
+
+
+def test_a_robot_with_another_state_and_frame_rate(sft_demos, tmp_path, capsys):
+    """Policies that do not read the state train on sim (8 numbers) and a robot (6) together; --pause is a speed."""
+    episodes = [sft_episode(7 + k, 12) for k in range(4)]
+    for rate in (5, 30):
+        slow = np.tile(np.float32([.006 * 5 / rate, 0, 0, 0, 0, 0, 1]), (12, 1))         # 3 cm/s
+        rows = [(images, states[:, :6], slow, text, scene) for images, states, _, text, scene in episodes]
+        real_data.write_dataset(tmp_path / str(rate), rows, rate)
+        args = sft_args(sft_demos, tmp_path / f"out{rate}", "--statistics", "data", "--steps", "1",
+                        "--real-data", str(tmp_path / str(rate)))
+        assert sft_warmstart.warm_start(args)
+        said = capsys.readouterr().err
+        assert "4 episodes; 48 of 48 frames move" in said and ("but 5 in simulation" in said) == (rate == 30)
+
+
+def test_data_units_are_doubted(tmp_path):
+    """A gripper in 0..1 and absolute poses are legal files, and wrong; a gripper that never moves is neither."""
+    def written(name, change):
+        episodes = [(images, states, change(actions.copy()), text, -1)
+                    for images, states, actions, text in (data_episode(k, 6) for k in range(2))]
+        real_data.write_dataset(tmp_path / name, episodes, 5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            real_data.open_dataset(tmp_path / name, cache_dir=tmp_path / "cache")
+        return " ".join(str(each.message) for each in caught if each.category is UserWarning)
+
+    put = lambda column, value: lambda actions: (actions.__setitem__((slice(None), column), value), actions)[1]
+    assert "need -1 (close) to +1 (open)" in written("zero-one", lambda a: put(6, a[:, 6] > 0)(a))
+    assert "absolute poses" in written("absolute", put(0, .5))
+    assert not written("fine", lambda a: a) and not written("open", put(6, 1)) and not written("closed", put(6, -1))
+
+
+def test_data_statistics_of_differences(tmp_path):
+    """With delta_mask the masked dimensions are those of action - state at the start of the chunk, for every step."""
+    rng, episodes = np.random.default_rng(0), []
+    for k in range(3):
+        states = rng.uniform(.3, .7, (20, 8)).astype(np.float32)
+        actions = np.column_stack([states[:, :6] + rng.uniform(-.01, .01, (20, 6)), np.ones(20)]).astype(np.float32)
+        episodes.append((data_images(k, 20), states, actions, DATA_TASKS[0], -1))
+    real_data.write_dataset(tmp_path / "set", episodes, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        demos, mask = real_data.open_dataset(tmp_path / "set", None, 3, cache_dir=tmp_path / "cache"), np.eye(7)[0]
+        got, plain = (real_data.policy_statistics([demos], "x", m)[1]["norm_stats"]["actions"] for m in (mask, None))
+    chunk = np.stack([demos.batch(np.array([i]))["actions"][0] for i in range(60)]) - (demos.states[:, :7] * mask)[:, None]
+    assert np.allclose(got["q01"][:6], np.quantile(chunk.reshape(-1, 7), .01, 0)[:6], atol=1e-6)
+    assert abs(got["q01"][0]) < .5 < got["q99"][0] + .3 and plain["q01"][0] > .25
+
+
+def test_data_columns_of_other_writers(tmp_path):
+    """Scalars as lists of one, a `scene` of one's own; a missing video_path is told, not a traceback."""
+    data_write(tmp_path / "set")
+    file = tmp_path / "set/data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    for key in ("timestamp", "frame_index", "episode_index", "task_index"):
+        lists = pa.array([[x] for x in table[key].to_pylist()], pa.list_(table[key].type))
+        table = table.set_column(table.column_names.index(key), key, lists)
+    pq.write_table(table, file)
+    meta = tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(meta)
+    pq.write_table(rows.set_column(rows.column_names.index("scene"), "scene", pa.array(["kitchen"] * len(rows))), meta)
+    demos = real_data.open_dataset(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert len(demos) == 27 and set(demos.scenes) == {-1}
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    (tmp_path / "set/meta/info.json").write_text(json.dumps(info | dict(video_path=None)))
+    with pytest.raises(ValueError, match="not a readable LeRobot data set"):
+        real_data.open_dataset(tmp_path / "set", cache_dir=tmp_path / "cache")
+
+
+def test_a_run_keeps_its_folder(sft_demos, rl_starts, tmp_path):
+    """Nobody else writes there at the same time, and nothing of an earlier run is lost without --resume."""
+    args = rl_args(rl_starts / "openvla", tmp_path / "a", "--lambda-real", "0")
+    with sft_warmstart.only_run(tmp_path / "a"), pytest.raises(ValueError, match="another run is writing there"):
+        rl_cotrain.co_train(args)
+    assert rl_cotrain.co_train(args)
+    before = (tmp_path / "a/metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds a run: --resume"):
+        rl_cotrain.co_train(args)
+    assert (tmp_path / "a/metrics.jsonl").read_text() == before
+    (tmp_path / "a/metrics.jsonl").write_text(before + '{"step": 3, "ppo"')              # a disk that ran full
+    more = "--lambda-real", "0", "--iterations", "3", "--resume"
+    assert rl_cotrain.co_train(rl_args(rl_starts / "openvla", tmp_path / "a", *more))
+    assert [row["step"] for row in sft_metrics(tmp_path / "a")] == [1, 2, 3]
+    shutil.copytree(rl_starts / "openvla", tmp_path / "other")
+    policies.make_tiny("openvla", seed=5).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="Stage I that has been made anew"):
+        args = rl_args(tmp_path / "other", tmp_path / "a", "--lambda-real", "0", "--resume")
+        args.init = str(rl_starts / "openvla")                 # the same name, another content
+        learner = rl_cotrain.Learner(args, policies.load_policy(tmp_path / "other", freeze="vision"), None, 0, 1)
+        learner.load(tmp_path / "a/resume.pt")
+
+
+def test_rl_first_evaluation_is_used_again_if_it_fits(monkeypatch, tmp_path):
+    calls = []
+    def rates(args, policy, episodes, rank, world, label):
+        return calls.append(episodes) or {"sim/push-cube": [dict(episode=k) for k in range(episodes)]} if episodes else {}
+    monkeypatch.setattr(rl_cotrain, "success_rates", rates)
+    for resume, episodes in ((False, 3), (True, 3), (True, 5), (True, 0)):
+        args = types.SimpleNamespace(out=tmp_path, resume=resume, eval_episodes=episodes)
+        got = rl_cotrain.first_evaluation(args, None, 0, 1)
+        assert [len(each) for each in got.values()] == [episodes] * bool(episodes)
+    assert calls == [3, 5]
+
+
+def test_rl_critic_takes_as_many_steps_with_more_ranks(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(1))
+    for world in (1, 4):
+        learner = rl_learner(policies.make_tiny("openvla"), critic="state")
+        learner.world = world
+        learner.fit_critic(torch.zeros(1024 // world, envs.TRUTH), torch.zeros(1024 // world))
+    assert len(steps) == 2 * 4 * rl_cotrain.CRITIC_EPOCHS
+
+
+def test_rl_bfloat16_asks_evaluate_for_the_log_probs():
+    policy = policies.make_tiny("openvla")
+    policy.bf16 = True
+    data, _ = rl_cotrain.rollout(policy, RlToy(), 2, torch.Generator().manual_seed(0), False)
+    logs = rl_learner(policy, dtype="bfloat16", micro_batch=64, epochs=1).update(dict(data))
+    assert 0 < logs["drift"] < rl_cotrain.DRIFT and logs["worst"] < .1 and logs["skipped"] == 0
+    with pytest.raises(RuntimeError, match="act and evaluate disagree"):
+        rl_learner(policy, dtype="bfloat16", micro_batch=64).update(dict(data, logp=data["logp"] + 1))
+
+
+def test_ranks_end_together_and_tell_errors_once(sft_demos, tmp_path):
+    """torchrun: the others wait until rank 0 has saved; a user's error in a rank is one line, not its traceback."""
+    flags = ["--policy", "openvla", "--scratch", "--sim-ratio", "1", "--sim-data", str(sft_demos / "sim"), "--steps", "1",
+             "--eval-episodes", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    call = lambda *front, more=(): subprocess.run([sys.executable, *front, str(HERE / "sft_warmstart.py"), *flags, *more],
+                                                  env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    run = call("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert run.returncode == 0 and (tmp_path / "out/policy/model.safetensors").exists(), run.stderr[-2000:]
+    run = call(more=["--sim-ratio", "0", "--real-data", "/nothing/here", "--out", str(tmp_path / "b"), "--ranks", "2"])
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert [line for line in run.stderr.splitlines() if line.startswith("error: /nothing/here: no such folder")]
+
+
 def test_rl_target_kl_ends_an_iterations_updates():
     counts = []
     for target in (0., 1e-7):
