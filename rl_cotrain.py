@@ -55,21 +55,23 @@ CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the crit
 RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=.1)                  # of the first ratio after a rollout, which is 1
 DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - log pi by act|, mean over decisions
 
-# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here;
-# pi0.5's L_SFT is a 30th of OpenVLA's, hence its lambda.
+# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here; pi0.5's
+# L_SFT is a 30th of OpenVLA's, hence its lambda. Who practises in random looks must be able to adapt to them: with the
+# VLM frozen, the expert of pi05 cannot.
 PRESETS = {
     "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
                     value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
-                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1),
+                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
     "pi05": dict(num_envs=128, steps=0, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6,
                  value_lr=2e-4, beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0.,
-                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1),
+                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
     "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                          value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
-                         target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1),
+                         target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
+                         randomise=["visual"]),
     "pi05-tiny": dict(num_envs=128, steps=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                       value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=45,
-                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=1.)}
+                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=1., randomise=[])}
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -91,8 +93,6 @@ def parse(argv=None):
     add("--eval-every", type=int, default=0, help="iterations between evaluations (50 episodes, if there are as many "
                                                   "in --eval-episodes) for the curves; 0 = none")
     add("--watch-real", action="store_true", help="log the loss on held-out real demos; opens them also if lambda is 0")
-    add("--randomise", nargs="*", default=[], choices=("visual", "dynamics"),
-        help="domain randomisation: what Stage II's simulation draws anew each episode, as `pretrain` of envs.py does")
     add("--seed", type=int, default=0, help="of everything but the evaluation's scenes, >= 0")
     add("--device", help="cpu or cuda; default: cuda if there is one")
     add("--ranks", type=int, default=0, help="processes; 0 = one per GPU, else one per CPU core; torchrun knows better")
@@ -129,6 +129,8 @@ def parse(argv=None):
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
             ("target-kl", float, "an iteration's updates stop above this KL [nats]; 0 = never")):
         group.add_argument("--" + flag, type=kind, help=text)
+    group.add_argument("--randomise", nargs="*", choices=("visual", "dynamics"), help="what Stage II's simulation draws"
+                       " anew each episode; visual: looks, and a camera near the twin's; nothing after it: neither")
     return check_args(parser.parse_args(argv))
 
 def check_args(args):
