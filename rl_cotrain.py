@@ -188,8 +188,9 @@ def known_stage(args):
     return {"sft": sft, "base": "base policy"}.get(args.init, "given policy")
 
 def known_anchor(args):
-    """What the literature calls its Stage II."""
-    return f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
+    """What the literature calls its Stage II, and what is random in its simulation."""
+    name = f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
+    return name + "".join(f", random {'looks' if part == 'visual' else part}" for part in args.randomise)
 
 # ---- formulas ------------------------------------------------------------------------------------------------
 
