@@ -2489,7 +2489,7 @@ DATA_MUTANTS = [
     ("start + episode.timestamps", "episode.timestamps", "frames of a later episode in a shared mp4", data_check_fixture),
     ("np.minimum(window, ends - 1)", "np.minimum(window, len(self.actions) - 1)", "chunk runs into the next episode",
      data_check_fixture),
-    ("pad=window >= ends", "pad=window > ends", "pad one step late", data_check_fixture),
+    (", window >= ends", ", window > ends", "pad one step late", data_check_fixture),
     ("* shape[1] + slot", "* shape[1] + len(recording.cameras) - 1 - slot", "cameras swapped", data_check_fixture),
     ('np.argsort(frame[rows])', 'np.argsort(-frame[rows])', "rows in reverse", data_check_fixture),
     ("sim, numbers = sim[self.rank::self.world], numbers[self.rank::self.world]",
