@@ -55,9 +55,8 @@ CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the crit
 RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=.1)                  # of the first ratio after a rollout, which is 1
 DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - log pi by act|, mean over decisions
 
-# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here; pi0.5's
-# L_SFT is a 30th of OpenVLA's, hence its lambda. Who practises in random looks must be able to adapt to them: with the
-# VLM frozen, the expert of pi05 cannot.
+# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here. Who
+# practises in random looks must be able to adapt to them: with the VLM frozen, the expert of pi05 cannot.
 PRESETS = {
     "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
                     value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
@@ -71,7 +70,8 @@ PRESETS = {
                          randomise=["visual"]),
     "pi05-tiny": dict(num_envs=128, steps=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                       value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=45,
-                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=1., randomise=[])}
+                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1, randomise=[])}
+
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
