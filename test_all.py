@@ -3539,7 +3539,7 @@ def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
              "--iterations", "1", "--num-envs", "2", "--steps", "2", "--minibatch", "4", "--real-batch", "4", "--ranks", "1",
              "--eval-episodes", "2", "--demos", "demos", "--device", "cpu"]
     out = rl_cotrain.co_train(rl_cotrain.parse(flags)).parent
-    assert out == pathlib.Path("runs/rl-pi05-close-drawer-lambda1-seed0")
+    assert out == pathlib.Path("runs/rl-pi05-close-drawer-lambda0.1-seed0")
     result = json.loads((out / "result.json").read_text())
     assert [(row["domain"], row["n"]) for row in result["rows"]] == [("sim", 2), ("sim", 2), ("stand-in", 2), ("stand-in", 2)]
     assert all(0 <= row["low"] <= row["success"] <= row["high"] <= 1 for row in result["rows"])
@@ -3547,7 +3547,7 @@ def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
     assert list(out.glob("videos/*/*.mp4")) and (out / "curves.png").exists()
     assert type(policies.load_policy(str(out / "policy"))).__name__ == "Pi05"
     text = capsys.readouterr().out
-    assert "SFT co-training, then RL-Co, lambda 1:" in text and "stand-in" in text and "95 % interval" in text
+    assert "SFT co-training, then RL-Co, lambda 0.1:" in text and "stand-in" in text and "95 % interval" in text
     before = os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime
     rl_cotrain.co_train(rl_cotrain.parse([*flags, "--lambda-real", "0", "--eval-episodes", "0"]))
     assert os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime == before
