@@ -834,9 +834,9 @@ class Expert:
 
 # ---------------------------------------------------------------------------------------------------- demo
 def wilson(k, n):
-    """95 % Wilson interval of a success rate k / n."""
+    """95 % Wilson interval (low, high) of success rates k / n."""
     centre, half = (k + 1.92) / (n + 3.84), 1.96 * np.sqrt(k * (n - k) / n + .96) / (n + 3.84)
-    return max(centre - half, 0.), min(centre + half, 1.)
+    return np.maximum(centre - half, 0.), np.minimum(centre + half, 1.)
 
 def run_expert(env, episodes, style="expert", noise=0., frames=None):
     """Success (episodes,) bool and length (episodes,) int of the demonstrator on episodes 0, 1, ... of env. Appends the

@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint runs/sft/policy --task open-drawer
     python evaluate.py --checkpoint runs/sft/policy runs/co/policy --task all       # the second against the first
     python evaluate.py --checkpoint pi05 --task push-cube --ablation shuffled-instruction     # does it read at all?
+    python evaluate.py --curves runs/*/metrics.jsonl                                # learning curves of several runs
 
 Domains    sim, and "stand-in": the second MuJoCo domain, which takes the place of the real robot; none is attached.
 Scenes     episode k of (seed, task, domain, variant) is always the same scene; every checkpoint gets the same ones,
@@ -18,7 +19,7 @@ Failures   "looked wrong": the tool never touched the named thing (pick-place: n
 Ablations  checks of the benchmark. blank-image: everything is grey. shuffled-instruction: it names another cube that
            is on the table, or another task. Whoever succeeds all the same does not look, or does not listen.
 Gap        --gap dynamics: the stand-in differs from sim in that part alone. What does a part cost?
-Output     OUT/result.json, success.png, videos/
+Output     OUT/result.json, success.png, videos/; curves.png
 """
 import argparse
 import functools
@@ -231,6 +232,39 @@ def bar_chart(rows, path):
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
+def curves(runs, path):
+    """Learning curves of Stage II as a PNG. runs: {label: rows of metrics.jsonl}. Of one run: success; reward, which
+    tells of speed when success is complete; losses; size of the steps. Of several: what tells them apart, a colour a
+    run. Bars are 95 % Wilson intervals of the evaluations along the way."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    if len(runs) == 1:
+        panels = {"success rate": ("success", "success/", "sim/", "stand-in/"), "reward per environment": ("reward",),
+                  "loss": ("real", "held_out/real", "value"), "step": ("kl", "clipped", "cosine")}
+    else:
+        panels = {"success on the stand-in": ("stand-in/",), "success while training, in sim": ("success",),
+                  "L_SFT, held-out real demonstrations": ("held_out/real",), "reward per environment": ("reward",)}
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
+    for axis, (title, wanted) in zip(axes, panels.items()):
+        for colour, (label, rows) in enumerate(runs.items()):
+            names = dict.fromkeys(key for row in rows for key in row)
+            for name in [name for name in names if name in wanted or name[:name.find("/") + 1] in wanted]:
+                some = [row for row in rows if name in row]
+                x, y = [row["step"] for row in some], np.array([row[name] for row in some])
+                style = dict(label=name) if len(runs) == 1 else dict(label=label, color=f"C{colour}")
+                if "/" in name and all("eval_episodes" in row for row in some):
+                    n = np.array([row["eval_episodes"] for row in some])
+                    bars = np.abs(np.array(envs.wilson(y * n, n)) - y)         # (2, evaluations)
+                    axis.errorbar(x, y, bars, capsize=2, **style)
+                else:
+                    axis.plot(x, y, **style)
+        axis.set(xlabel="iteration", title=title)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
 def framed(image, success, border=True):
     """A picture (H, W, 3) enlarged to about 256 pixels, with a border: green for a success, red for a failure."""
     scale = max(256 // len(image), 1)
@@ -264,7 +298,8 @@ def parse(argv=None):
     """Flags -> args, with lists of names for "all" and "both". One ValueError lists all that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", nargs="+", required=True, help="openvla, pi05 (the bundled tiny ones), folders, or hub ids")
+    add("--checkpoint", nargs="+", default=[], help="openvla, pi05 (the bundled tiny ones), folders, or hub ids")
+    add("--curves", nargs="+", default=[], help="metrics.jsonl of rl_cotrain.py to draw in one figure instead")
     add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all")
     add("--domain", default="both", help="sim, real (the stand-in for a real robot), or both")
     add("--variants", nargs="+", default=["seen"], help=f"some of {', '.join(envs.VARIANTS)}; or all")
@@ -294,6 +329,9 @@ def parse(argv=None):
                                  ("seed", args.seed, 0, 1 << 32)):
         expect(low <= got <= high, f"--{what}", got, f"{low} to {high}", f"--{what} {parser.get_default(what) or low}")
     expect(0 < args.temperature < math.inf, "--temperature", args.temperature, "more than 0", "--temperature 0.6")
+    expect(bool(args.checkpoint) != bool(args.curves), "--checkpoint, --curves", "both or neither", "one", "--help")
+    for file in args.curves:
+        expect(pathlib.Path(file).is_file(), "--curves", file, "an existing file", "OUT/metrics.jsonl of rl_cotrain.py")
     expect(len(set(args.checkpoint)) == len(args.checkpoint), "--checkpoint", args.checkpoint, "each once", "fewer")
     checks = [(policies.find_folder, (name,)) for name in args.checkpoint]
     for check, values in checks + [(policies.check_device, (args.device, args.dtype))]:
@@ -394,12 +432,28 @@ def write(args, argv, results):
     os.replace(out / "result.json.part", out / "result.json")
     print(f"\nwrote {out}/result.json, success.png{', videos' * (args.videos > 0)}")
 
+def draw_curves(args):
+    """OUT/curves.png from files of metrics; a run is called as its folder, or as its file if that has another name."""
+    runs = {}
+    for path in map(pathlib.Path, args.curves):
+        label = path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem
+        try:
+            runs[label] = [json.loads(line) for line in path.read_text().splitlines()]
+        except json.JSONDecodeError as error:
+            policies.expect(False, path, error, "a JSON object a line", "metrics.jsonl of a run that is not running")
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    curves(runs, pathlib.Path(args.out, "curves.png"))
+    print(f"wrote {args.out}/curves.png: {', '.join(runs)}")
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end the workers, too
     try:
         args = parse(argv)
-        write(args, argv, run(args))
+        if args.curves:
+            draw_curves(args)
+        else:
+            write(args, argv, run(args))
     except ValueError as error:
         sys.exit(f"error: {error}")
     except BrokenProcessPool:

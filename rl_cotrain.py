@@ -548,7 +548,8 @@ def work(args, rank, world, device):
             if held_out and (now % 5 == 0 or now == args.iterations):
                 logs |= sft_warmstart.held_out_losses(policy, held_out, args.sft, rank, world)
             if args.eval_every and now % args.eval_every == 0:
-                rates = success_rates(args, policy, min(50, args.eval_episodes), rank, world, f"iteration {now}")
+                logs["eval_episodes"] = min(50, args.eval_episodes)
+                rates = success_rates(args, policy, logs["eval_episodes"], rank, world, f"iteration {now}")
                 logs |= {name: evaluate.summary(episodes)["success"] for name, episodes in rates.items()}
             log.write(now, logs)
             bar.set_postfix_str(f"success {logs['success']:.0%} kl {logs['kl']:.3f} clip {logs['clipped']:.0%} "
@@ -558,7 +559,7 @@ def work(args, rank, world, device):
                 learner.save(out / "resume.pt")
     if rank == 0:
         learner.save(out / "resume.pt")
-        plot(log.rows, out / "curves.png")
+        evaluate.curves({out.name: log.rows}, out / "curves.png")
     if learner.iteration >= args.iterations:
         finish(args, policy, before, rank, world, time.perf_counter() - start)
     elif rank == 0:
@@ -599,27 +600,6 @@ def finish(args, policy, before, rank, world, seconds):
     print(f"\n{evaluate.table(rows)}\n\nAfter against before on the same scenes: " + ";  ".join(
         f"{name} {each['difference']:+.0%} (McNemar p = {each['p']:.2g})" for name, each in paired.items()))
     print(f"checkpoint {out}/policy, curves {out}/curves.png, episodes {out}/videos; {seconds:.0f} s, ranks: {world}")
-
-def plot(rows, path):
-    """Learning curves: success; reward, which tells of speed when success is complete; losses; size of the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
-    panels = ((axes[0], "success rate", [key for row in rows for key in row if key.startswith(
-                    ("success", *(f"{name}/" for name in NAMES.values())))]),
-              (axes[1], "reward per environment", ["reward"]), (axes[2], "loss", ["real", "held_out/real", "value"]),
-              (axes[3], "step", ["kl", "clipped", "cosine"]))
-    for axis, title, names in panels:
-        for name in dict.fromkeys(names):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(*zip(*points), label=name)
-        axis.set(xlabel="iteration", title=title)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 def check_stage_one(args):
     """ValueError if what is in Stage I's folder was made with other flags; True if it can be used."""

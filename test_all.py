@@ -3881,6 +3881,35 @@ def checkpoint(tmp_path_factory):
     policies.make_tiny("openvla").save(folder)
     return str(folder)
 
+def test_evaluate_curves_of_one_and_of_several_runs(tmp_path, monkeypatch, capsys):
+    """Every run is drawn where it has something to show; the bars are the Wilson intervals of what was evaluated."""
+    from matplotlib.axes import Axes
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, label=None, **_: drawn.append((label, [*x], [*y], None)))
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, bars, label=None, **_: drawn.append((label, [*x], [*y], bars)))
+    rows = [dict(step=k, success=k / 4, reward=2. * k, kl=.01) | ({"stand-in/push-cube": .8, "eval_episodes": 50} if k == 2 else {})
+            for k in range(4)]
+    for name, some in dict(a=rows, b=rows[:2]).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    files = [str(tmp_path / name / "metrics.jsonl") for name in "ab"]
+    evaluate.main(["--curves", *files, "--out", str(tmp_path / "two")])
+    assert (tmp_path / "two/curves.png").stat().st_size > 5000 and "a, b" in capsys.readouterr().out
+    assert [(label, x, y) for label, x, y, _ in drawn] == [
+        ("a", [2], [.8]), ("a", [0, 1, 2, 3], [0, .25, .5, .75]), ("b", [0, 1], [0, .25]), ("a", [0, 1, 2, 3], [0, 2, 4, 6]),
+        ("b", [0, 1], [0, 2])]
+    low, high = envs.wilson(40, 50)
+    assert np.allclose(drawn[0][3], [[.8 - low], [high - .8]]) and all(bars is None for *_, bars in drawn[1:])
+    drawn.clear()
+    evaluate.main(["--curves", files[0], "--out", str(tmp_path / "one")])
+    assert [label for label, *_ in drawn] == ["success", "stand-in/push-cube", "reward", "kl"]
+    (tmp_path / "b/metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(SystemExit, match="metrics.jsonl: got .*; need a JSON object a line; try "):
+        evaluate.main(["--curves", *files])
+    for wrong in (["--curves", str(tmp_path / "c")], []):
+        with pytest.raises(ValueError, match="--curves: got"):
+            evaluate.parse(wrong)
+
 def test_evaluate_result_is_the_same_for_one_and_two_workers(checkpoint, tmp_path, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     results = []
