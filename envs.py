@@ -52,7 +52,6 @@ TASKS = {
     "close-drawer": Task("drawer", 40, "close the drawer", [
         "push the drawer shut", "slide the drawer in", "it must be closed", "close it", "push the handle"])}
 DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
-RANDOM_PARTS = ("visual", "dynamics", "knocks")
 TRUTH = 16                                       # numbers an environment, see VecEnv.observe
 REWARD_TERMS = ("reach", "touch", "progress", "success")
 
@@ -128,9 +127,6 @@ PARAMETERS = {
 # How far off the twin's camera may be after careful measuring: what VecEnv's randomise="visual" draws in other domains,
 # beside all other looks of `pretrain`, whose own cameras are too far away for a policy of Stage I.
 NEAR_CAMERA = dict(azimuth=(18., 26.), elevation=(35., 43.), fovy=(28., 31.), distance=(.86, .94), shift=(-.015, .015))
-# randomise="knocks": once an episode something takes the arm along and moves its fingers. So is practised what no
-# demonstration shows, since nobody fails in them: to notice, to go back, to try again.
-KNOCK_STEPS, KNOCK_REACH = (2, 8), np.array([[-.03, -.04, -.01], [.03, .04, .03]])     # control steps; m a step, x y z
 LOOK_AT = np.array([.45, -.045, .08])   # m; every camera orbits it and faces the robot from its front left: in the
 #                                         published view, from behind, the hand hides what it pushes
 
@@ -437,7 +433,7 @@ class VecEnv:
     reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
         "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
     gap: which parts of `real` differ from `sim`.    randomise: which of "visual", "dynamics" are drawn as in
-    `pretrain`, but for the camera (NEAR_CAMERA); "knocks" disturb the arm.
+    `pretrain`, but for the camera (NEAR_CAMERA).
     paraphrase: True = draw the wording (`pretrain` always does).
     run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
     first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
@@ -447,7 +443,7 @@ class VecEnv:
         wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
             ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
             ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS),
-            *(("randomise", part, RANDOM_PARTS) for part in randomise)) if got not in known]
+            *(("randomise", part, ("visual", "dynamics")) for part in randomise)) if got not in known]
         wrong += [f"{name} must be a whole number from {low} to {high}, got {got!r}" for name, got, low, high in (
             ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("first_episode", first_episode, 0, 1 << 32),
             ("episode_stride", episode_stride, 1, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512))
@@ -456,7 +452,7 @@ class VecEnv:
             raise ValueError("VecEnv: " + "; ".join(wrong))
         self.num_envs, self.seed, self.image_size, self.domain, n = num_envs, seed, image_size, domain, num_envs
         self.tasks, self.unseen_states = list(TASKS) if task == "all" else [task], variant == "unseen-states"
-        self.dense, self.run_to_horizon, self.knocks = reward == "dense", run_to_horizon, "knocks" in randomise
+        self.dense, self.run_to_horizon = reward == "dense", run_to_horizon
         self.first_episode, self.episode_stride = first_episode, episode_stride
         column = {part: DOMAINS.index(domain) * (domain != "real" or getattr(gap, part)) for part in PARAMETERS}
         column |= dict.fromkeys(randomise, DOMAINS.index("pretrain"))
@@ -514,7 +510,7 @@ class VecEnv:
         """Draw the next episode of environment i and write its scene."""
         self.episode[i], self.next_episode = self.next_episode, self.next_episode + self.episode_stride
         key = [self.seed, DOMAINS.index(self.domain), self.episode[i]]     # a stream a part: Gap changes one part only
-        layout, *parts, self.acting[i], knock = (np.random.default_rng([*key, stream]) for stream in range(6))
+        layout, *parts, self.acting[i] = (np.random.default_rng([*key, stream]) for stream in range(5))
         self.task[i] = draw(layout, self.tasks)
         self.scene_of[i], self.horizon[i], self.steps[i] = *TASKS[self.task[i]][:2], 0
         self.instruction[i] = draw(layout, self.wordings[self.task[i]])
@@ -525,9 +521,6 @@ class VecEnv:
         self.mirror[i] = 1, drawn.side, 1
         drawn.repeats = parts[0].random(self.horizon[i] + 1) < drawn.stale     # whether step t shows the last frame
         drawn.noise_seed, drawn.arm = parts[0].integers(1 << 20), parts[1].uniform(-1, 1, 10)
-        start = knock.integers(self.horizon[i] // 2) if self.knocks else self.horizon[i]
-        drawn.knock = start, start + knock.integers(*KNOCK_STEPS, endpoint=True)          # from step, to before step
-        drawn.knock_action = np.array([*knock.uniform(*KNOCK_REACH), 0, 0, 0, knock.choice([-1, 1])])
         scene = self.scenes[self.scene_of[i]]
         scene.batch.reset([i], stage=0)
         self.apply(scene, i, drawn)
@@ -624,7 +617,7 @@ class VecEnv:
         success (N,) at any time in this episode; failure, touched, diverged (N,); clipped (N,) actions beyond
         ACTION_LIMIT; episode, length (N,); reward_terms {name: (N,)}; ended (M,) environments; final_obs: their last
         observation (M rows) or None. ValueError: wrong shape, or non-finite actions, naming the environments."""
-        actions, n = np.array(actions, np.float64), self.num_envs
+        actions, n = np.asarray(actions, np.float64), self.num_envs
         if actions.ndim != 3 or (actions.shape[0], actions.shape[2]) != (n, 7) or not actions.size:
             raise ValueError(f"actions have shape {actions.shape}, need ({n}, K >= 1, 7): environments, chunk, "
                              "(dx dy dz droll dpitch dyaw gripper); a single action a: a[:, None]")
@@ -637,9 +630,6 @@ class VecEnv:
         for action in actions.swapaxes(0, 1):                  # (N, 7)
             ids = np.flatnonzero(~(terminated | truncated))
             clipped[ids] += (np.abs(action[ids]) > ACTION_LIMIT + 1e-6).any(1)
-            for i in ids:
-                if self.drawn[i].knock[0] <= self.steps[i] < self.drawn[i].knock[1]:
-                    action[i] = self.drawn[i].knock_action
             self.advance(ids, np.clip(action[ids], -ACTION_LIMIT, ACTION_LIMIT))
             self.steps[ids] += 1
             self.measure(ids)

@@ -129,9 +129,8 @@ def parse(argv=None):
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
             ("target-kl", float, "an iteration's updates stop above this KL [nats]; 0 = never")):
         group.add_argument("--" + flag, type=kind, help=text)
-    group.add_argument("--randomise", nargs="*", choices=envs.RANDOM_PARTS, help="what Stage II's simulation draws anew"
-                       " each episode; visual: looks, and a camera near the twin's; knocks: something moves the arm"
-                       " once; nothing after it: none")
+    group.add_argument("--randomise", nargs="*", choices=("visual", "dynamics"), help="what Stage II's simulation draws"
+                       " anew each episode; visual: looks, and a camera near the twin's; nothing after it: neither")
     return check_args(parser.parse_args(argv))
 
 def check_args(args):
@@ -191,8 +190,7 @@ def known_stage(args):
 def known_anchor(args):
     """What the literature calls its Stage II, and what is random in its simulation."""
     name = f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
-    return name + "".join(f", {dict(visual='random looks', dynamics='random dynamics').get(part, part)}"
-                          for part in args.randomise)
+    return name + "".join(f", random {'looks' if part == 'visual' else part}" for part in args.randomise)
 
 # ---- formulas ------------------------------------------------------------------------------------------------
 

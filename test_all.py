@@ -430,33 +430,12 @@ def test_randomised_parts_are_those_of_pretrain():
         assert got == sim | {name: other[name] for name in names} | near and got != sim
     assert all(low < sim[name] < high and other[name] != (low, high) for name, (low, high) in envs.NEAR_CAMERA.items())
     assert envs.VecEnv("all", "pretrain", image_size=0, randomise=["visual"]).parameters == other
-    with pytest.raises(ValueError, match="randomise 'objects' is unknown, choose from visual, dynamics, knocks"):
+    with pytest.raises(ValueError, match="randomise 'objects' is unknown, choose from visual, dynamics"):
         envs.VecEnv("all", image_size=0, randomise=["objects"])
     plain, moved = (envs.VecEnv("push-cube", "sim", 4, 1, randomise=parts) for parts in ((), ("visual", "dynamics")))
     before, after = plain.reset(), moved.reset()
     assert before["instructions"] == after["instructions"] and np.allclose(plain.object, moved.object)
     assert all((a != b).mean() > .5 for a, b in zip(before["images"], after["images"]))
-
-
-def test_knocks_replace_actions_for_a_while_and_nothing_else():
-    """Once an episode, from a drawn step to another, the arm does not do what it is told; scenes are the same ones."""
-    plain, knocked = (envs.VecEnv("pick-place", "sim", 16, 3, image_size=0, randomise=parts) for parts in ((), ["knocks"]))
-    first, second = plain.reset(), knocked.reset()
-    assert all(np.array_equal(first[key], second[key]) for key in ("state", "truth"))
-    spans = np.array([drawn.knock for drawn in knocked.drawn])                     # (N, 2) control steps
-    assert all(drawn.knock[0] == 80 for drawn in plain.drawn) and (spans[:, 0] < 40).all() and len(set(spans[:, 0])) > 8
-    assert set(np.diff(spans).ravel()) <= set(range(2, 9))
-    still = np.tile([0., 0, 0, 0, 0, 0, 1], (16, 1, 1))
-    for step in range(48):
-        before, fingers = knocked.target.copy(), knocked.grip_new.copy()
-        knocked.step(still)
-        moved, shut = np.abs(knocked.target - before).max(1) > 0, knocked.grip_new < envs.FINGER_OPEN
-        hit = (spans[:, 0] <= step) & (step < spans[:, 1])
-        assert np.array_equal(moved, hit) and np.array_equal(shut, hit & [d.knock_action[6] < 0 for d in knocked.drawn])
-    assert (still == [0, 0, 0, 0, 0, 0, 1]).all()                                  # what was handed in is left alone
-    env = envs.VecEnv("pick-place", "sim", 16, 3, image_size=0, randomise=["knocks"])
-    success, _ = envs.run_expert(env, 32)
-    assert success.mean() > .9                                                     # there is time to try again
 
 
 def test_gap_parts_are_independent():
