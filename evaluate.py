@@ -244,7 +244,7 @@ def curves(runs, path):
                   "loss": ("real", "held_out/real", "value"), "step": ("kl", "clipped", "cosine")}
     else:
         panels = {"success on the stand-in": ("stand-in/",), "success while training, in sim": ("success",),
-                  "L_SFT, held-out real demonstrations": ("held_out/real",), "reward per environment": ("reward",)}
+                  "L_SFT on held-out demonstrations": ("held_out/real",), "reward per environment": ("reward",)}
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
     for axis, (title, wanted) in zip(axes, panels.items()):
         for colour, (label, rows) in enumerate(runs.items()):
@@ -299,7 +299,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", nargs="+", default=[], help="openvla, pi05 (the bundled tiny ones), folders, or hub ids")
-    add("--curves", nargs="+", default=[], help="metrics.jsonl of rl_cotrain.py to draw in one figure instead")
+    add("--curves", nargs="+", default=[], metavar="[LABEL=]FILE", help="draw metrics.jsonl of rl_cotrain.py instead")
     add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all")
     add("--domain", default="both", help="sim, real (the stand-in for a real robot), or both")
     add("--variants", nargs="+", default=["seen"], help=f"some of {', '.join(envs.VARIANTS)}; or all")
@@ -330,7 +330,8 @@ def parse(argv=None):
         expect(low <= got <= high, f"--{what}", got, f"{low} to {high}", f"--{what} {parser.get_default(what) or low}")
     expect(0 < args.temperature < math.inf, "--temperature", args.temperature, "more than 0", "--temperature 0.6")
     expect(bool(args.checkpoint) != bool(args.curves), "--checkpoint, --curves", "both or neither", "one", "--help")
-    for file in args.curves:
+    args.curves = [text.rpartition("=")[::2] for text in args.curves]      # (label or "", file)
+    for _, file in args.curves:
         expect(pathlib.Path(file).is_file(), "--curves", file, "an existing file", "OUT/metrics.jsonl of rl_cotrain.py")
     expect(len(set(args.checkpoint)) == len(args.checkpoint), "--checkpoint", args.checkpoint, "each once", "fewer")
     checks = [(policies.find_folder, (name,)) for name in args.checkpoint]
@@ -433,10 +434,11 @@ def write(args, argv, results):
     print(f"\nwrote {out}/result.json, success.png{', videos' * (args.videos > 0)}")
 
 def draw_curves(args):
-    """OUT/curves.png from files of metrics; a run is called as its folder, or as its file if that has another name."""
+    """OUT/curves.png from files of metrics; a run without a label is called as its folder, or as a file renamed."""
     runs = {}
-    for path in map(pathlib.Path, args.curves):
-        label = path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem
+    for label, file in args.curves:
+        path = pathlib.Path(file)
+        label = label or (path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem)
         try:
             runs[label] = [json.loads(line) for line in path.read_text().splitlines()]
         except json.JSONDecodeError as error:

@@ -3893,11 +3893,11 @@ def test_evaluate_curves_of_one_and_of_several_runs(tmp_path, monkeypatch, capsy
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     files = [str(tmp_path / name / "metrics.jsonl") for name in "ab"]
-    evaluate.main(["--curves", *files, "--out", str(tmp_path / "two")])
-    assert (tmp_path / "two/curves.png").stat().st_size > 5000 and "a, b" in capsys.readouterr().out
+    evaluate.main(["--curves", "no anchor=" + files[0], files[1], "--out", str(tmp_path / "two")])
+    assert (tmp_path / "two/curves.png").stat().st_size > 5000 and "no anchor, b" in capsys.readouterr().out
     assert [(label, x, y) for label, x, y, _ in drawn] == [
-        ("a", [2], [.8]), ("a", [0, 1, 2, 3], [0, .25, .5, .75]), ("b", [0, 1], [0, .25]), ("a", [0, 1, 2, 3], [0, 2, 4, 6]),
-        ("b", [0, 1], [0, 2])]
+        ("no anchor", [2], [.8]), ("no anchor", [0, 1, 2, 3], [0, .25, .5, .75]), ("b", [0, 1], [0, .25]),
+        ("no anchor", [0, 1, 2, 3], [0, 2, 4, 6]), ("b", [0, 1], [0, 2])]
     low, high = envs.wilson(40, 50)
     assert np.allclose(drawn[0][3], [[.8 - low], [high - .8]]) and all(bars is None for *_, bars in drawn[1:])
     drawn.clear()
