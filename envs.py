@@ -34,7 +34,19 @@ for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
     if sys.platform.startswith("linux") and ctypes.util.find_library(library):
         os.environ.setdefault("MUJOCO_GL", backend)
 os.environ.setdefault("LP_NUM_THREADS", "0")     # software GL: its threads do not survive a fork, nor gain at 64 px
-import mujoco                                         # noqa: E402  (after the choice of the backend)
+
+def gl_error(error):
+    """What to tell a user whose off-screen OpenGL fails with this error."""
+    return RuntimeError(
+        f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with {type(error).__name__}: "
+        f"{error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start Python with MUJOCO_GL=egl (or "
+        "osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; macOS and Windows: unset MUJOCO_GL. "
+        "Without pictures: image_size=0, MUJOCO_GL=off.")
+
+try:
+    import mujoco                                     # noqa: E402  (after the choice of the backend)
+except AttributeError as error:                       # of PyOpenGL, which has not found the library of that backend
+    raise gl_error(error) from None
 import numpy as np                                    # noqa: E402
 from mujoco.batch import Batch, SimulationError       # noqa: E402
 
@@ -334,11 +346,7 @@ def open_gl():
         context.make_current()
         mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 50).free()      # some backends fail only here
     except Exception as error:     # every backend fails in its own way: ImportError, AttributeError, FatalError ...
-        raise RuntimeError(
-            f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with "
-            f"{type(error).__name__}: {error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start "
-            "Python with MUJOCO_GL=egl (or osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; "
-            "macOS and Windows: unset MUJOCO_GL. Without pictures: image_size=0.") from error
+        raise gl_error(error) from error
     GL_CONTEXT[os.getpid()] = context
     atexit.register(context.free)                              # while ctypes still works
     gl_renderer_name()                                         # warns of a slow one

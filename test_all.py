@@ -572,7 +572,7 @@ def test_every_backend_draws_or_explains(backend):
     """Also: nothing is printed while the interpreter shuts down."""
     if not sys.platform.startswith("linux"):
         pytest.skip("these are the backends of Linux")
-    script = ("import sys, envs\ntry:\n    env = envs.VecEnv('push-cube')\nexcept RuntimeError as error:\n"
+    script = ("import sys\ntry:\n    import envs\n    env = envs.VecEnv('push-cube')\nexcept RuntimeError as error:\n"
               "    sys.exit(3 * ('apt-get install' in str(error)))\nassert env.reset()['images'].std() > 5\n")
     env = {k: v for k, v in os.environ.items() if k not in ("PYOPENGL_PLATFORM", "DISPLAY")}
     run = subprocess.run([sys.executable, "-c", script], env={**env, "MUJOCO_GL": backend}, cwd=HERE, capture_output=True, text=True)
