@@ -253,7 +253,7 @@ def curves(runs, path):
                 some = [row for row in rows if name in row]
                 x, y = [row["step"] for row in some], np.array([row[name] for row in some])
                 style = dict(label=name) if len(runs) == 1 else dict(label=label, color=f"C{colour}")
-                if "/" in name and all("eval_episodes" in row for row in some):
+                if name.startswith(("sim/", "stand-in/")) and all("eval_episodes" in row for row in some):
                     n = np.array([row["eval_episodes"] for row in some])
                     bars = np.abs(np.array(envs.wilson(y * n, n)) - y)         # (2, evaluations)
                     axis.errorbar(x, y, bars, capsize=2, **style)

@@ -3887,7 +3887,7 @@ def test_evaluate_curves_of_one_and_of_several_runs(tmp_path, monkeypatch, capsy
     drawn = []
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, label=None, **_: drawn.append((label, [*x], [*y], None)))
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, bars, label=None, **_: drawn.append((label, [*x], [*y], bars)))
-    rows = [dict(step=k, success=k / 4, reward=2. * k, kl=.01) | ({"stand-in/push-cube": .8, "eval_episodes": 50} if k == 2 else {})
+    rows = [dict(step=k, success=k / 4, reward=2. * k, kl=.01) | ({"stand-in/push-cube": .8, "eval_episodes": 50, "held_out/real": .3} if k == 2 else {})
             for k in range(4)]
     for name, some in dict(a=rows, b=rows[:2]).items():
         (tmp_path / name).mkdir()
@@ -3897,12 +3897,13 @@ def test_evaluate_curves_of_one_and_of_several_runs(tmp_path, monkeypatch, capsy
     assert (tmp_path / "two/curves.png").stat().st_size > 5000 and "no anchor, b" in capsys.readouterr().out
     assert [(label, x, y) for label, x, y, _ in drawn] == [
         ("no anchor", [2], [.8]), ("no anchor", [0, 1, 2, 3], [0, .25, .5, .75]), ("b", [0, 1], [0, .25]),
-        ("no anchor", [0, 1, 2, 3], [0, 2, 4, 6]), ("b", [0, 1], [0, 2])]
+        ("no anchor", [2], [.3]), ("no anchor", [0, 1, 2, 3], [0, 2, 4, 6]), ("b", [0, 1], [0, 2])]
     low, high = envs.wilson(40, 50)
     assert np.allclose(drawn[0][3], [[.8 - low], [high - .8]]) and all(bars is None for *_, bars in drawn[1:])
     drawn.clear()
     evaluate.main(["--curves", files[0], "--out", str(tmp_path / "one")])
-    assert [label for label, *_ in drawn] == ["success", "stand-in/push-cube", "reward", "kl"]
+    assert [label for label, *_ in drawn] == ["success", "stand-in/push-cube", "reward", "held_out/real", "kl"]
+    assert [bars is None for *_, bars in drawn] == [True, False, True, True, True]           # a loss is no rate
     (tmp_path / "b/metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(SystemExit, match="metrics.jsonl: got .*; need a JSON object a line; try "):
         evaluate.main(["--curves", *files])
