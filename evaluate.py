@@ -235,7 +235,7 @@ def bar_chart(rows, path):
 def curves(runs, path):
     """Learning curves of Stage II as a PNG. runs: {label: rows of metrics.jsonl}. Of one run: success; reward, which
     tells of speed when success is complete; losses; size of the steps. Of several: what tells them apart, a colour a
-    run. Bars are 95 % Wilson intervals of the evaluations along the way."""
+    run. What none of them has measured gets no panel. Bars are 95 % Wilson intervals of the evaluations along the way."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -245,11 +245,14 @@ def curves(runs, path):
     else:
         panels = {"success on the stand-in": ("stand-in/",), "success while training, in sim": ("success",),
                   "L_SFT on held-out demonstrations": ("held_out/real",), "reward per environment": ("reward",)}
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
-    for axis, (title, wanted) in zip(axes, panels.items()):
+    matching = lambda rows, wanted: [key for key in dict.fromkeys(key for row in rows for key in row)
+                                     if key in wanted or key[:key.find("/") + 1] in wanted]
+    panels = {title: wanted for title, wanted in panels.items()
+              if any(matching(rows, wanted) for rows in runs.values())} or panels
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), squeeze=False)
+    for axis, (title, wanted) in zip(axes[0], panels.items()):
         for colour, (label, rows) in enumerate(runs.items()):
-            names = dict.fromkeys(key for row in rows for key in row)
-            for name in [name for name in names if name in wanted or name[:name.find("/") + 1] in wanted]:
+            for name in matching(rows, wanted):
                 some = [row for row in rows if name in row]
                 x, y = [row["step"] for row in some], np.array([row[name] for row in some])
                 style = dict(label=name) if len(runs) == 1 else dict(label=label, color=f"C{colour}")

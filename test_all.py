@@ -3882,9 +3882,11 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 def test_evaluate_curves_of_one_and_of_several_runs(tmp_path, monkeypatch, capsys):
-    """Every run is drawn where it has something to show; the bars are the Wilson intervals of what was evaluated."""
+    """Every run is drawn where it has something to show, what nobody measured gets no panel; the bars are the Wilson
+    intervals of what was evaluated."""
     from matplotlib.axes import Axes
-    drawn = []
+    drawn, titles = [], []
+    monkeypatch.setattr(Axes, "set", lambda self, xlabel, title: titles.append(title))
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, label=None, **_: drawn.append((label, [*x], [*y], None)))
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, bars, label=None, **_: drawn.append((label, [*x], [*y], bars)))
     rows = [dict(step=k, success=k / 4, reward=2. * k, kl=.01) | ({"stand-in/push-cube": .8, "eval_episodes": 50, "held_out/real": .3} if k == 2 else {})
@@ -3900,6 +3902,10 @@ def test_evaluate_curves_of_one_and_of_several_runs(tmp_path, monkeypatch, capsy
         ("no anchor", [2], [.3]), ("no anchor", [0, 1, 2, 3], [0, 2, 4, 6]), ("b", [0, 1], [0, 2])]
     low, high = envs.wilson(40, 50)
     assert np.allclose(drawn[0][3], [[.8 - low], [high - .8]]) and all(bars is None for *_, bars in drawn[1:])
+    drawn.clear()
+    titles.clear()
+    evaluate.main(["--curves", files[1], "again=" + files[1], "--out", str(tmp_path / "few")])
+    assert titles == ["success while training, in sim", "reward per environment"]
     drawn.clear()
     evaluate.main(["--curves", files[0], "--out", str(tmp_path / "one")])
     assert [label for label, *_ in drawn] == ["success", "stand-in/push-cube", "reward", "held_out/real", "kl"]
