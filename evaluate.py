@@ -235,7 +235,7 @@ def bar_chart(rows, path):
 def curves(runs, path):
     """Learning curves of Stage II as a PNG. runs: {label: rows of metrics.jsonl}. Of one run: success; reward, which
     tells of speed when success is complete; losses; size of the steps. Of several: what tells them apart, a colour a
-    run. What none of them has measured gets no panel. Bars are 95 % Wilson intervals of the evaluations along the way."""
+    run. What none of them has measured gets no panel. Bars are 95 % Wilson intervals of evaluations along the way."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
