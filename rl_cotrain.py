@@ -67,7 +67,7 @@ PRESETS = {
     "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                          value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
                          target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
-                         randomise=["visual"]),
+                         randomise=["visual", "dynamics"]),
     "pi05-tiny": dict(num_envs=128, steps=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                       value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=45,
                       target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1, randomise=[])}

@@ -64,22 +64,25 @@ LANDMARK_CENTRE, LANDMARK_SCALE = (.48, -.02, .10), .1             # m: what the
 PATCH_WEIGHT = .2                       # of the cross-entropy over patches (at first ln 16) against the regressions
 
 # Presets. openvla: RL4VLA's warm-up. pi05: openpi's co-training config (cosine over 30,000 steps, of which it does
-# 5,000). The tiny ones were tuned here. augment: see augment(). statistics: `base` keeps those of the checkpoint (same
-# robot, same action space), `data` computes q01/q99 of the demonstrations.
+# 5,000). The tiny ones were tuned here: openvla learns its 50 real demonstrations by heart and forgets the looks that
+# its base knows, so its eyes are frozen and its steps few and small. steps: of one task, of all. augment: see
+# augment(). statistics: `base` keeps those of the checkpoint (same robot, same action space), `data` computes q01/q99
+# of the demonstrations.
 PRESETS = {
     "openvla": dict(
-        steps=2000, batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1., beta2=.999,
+        steps=(2000, 6000), batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1., beta2=.999,
         weight_decay=.01, clip=1., ema=0., optimizer="adamw", augment="openvla", lora_rank=32, statistics="data",
-        dtype="bfloat16"),
+        dtype="bfloat16", freeze="none"),
     "pi05": dict(
-        steps=5000, batch=16, micro_batch=16, lr=2.5e-5, warmup=1000, decay_steps=30000, final_lr=.1, beta2=.95,
-        weight_decay=1e-10, clip=1., ema=.999, optimizer="adamw", augment="pi05", lora_rank=0, statistics="data",
-        dtype="bfloat16"),
-    "openvla-tiny": dict(
-        steps=700, batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=.02, beta2=.95,
+        steps=(5000, 15000), batch=16, micro_batch=16, lr=2.5e-5, warmup=1000, decay_steps=30000, final_lr=.1,
+        beta2=.95, weight_decay=1e-10, clip=1., ema=.999, optimizer="adamw", augment="pi05", lora_rank=0,
+        statistics="data", dtype="bfloat16", freeze="none"),
+    "pi05-tiny": dict(
+        steps=(700, 2100), batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=.02, beta2=.95,
         weight_decay=.01, clip=1., ema=0., optimizer="muon", augment="shift", lora_rank=0, statistics="base",
-        dtype="float32")}
-PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"]
+        dtype="float32", freeze="none")}
+PRESETS["openvla-tiny"] = PRESETS["pi05-tiny"] | dict(steps=(700, 700), lr=3e-4, freeze="vision")
+PRESETS["random weights"] = PRESETS["pi05-tiny"]        # --scratch, --pretrain
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -103,7 +106,7 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --steps must be as they were")
     add("--pretrain", action="store_true", help="train from random weights on the `pretrain` domain: the bundled bases")
     add("--pretrain-episodes", type=int, default=14000, help="episodes of all tasks to record for it, >= 2")
-    add("--first-pictures", type=int, default=32000, help="and first pictures of more of them, see record_first, >= 32")
+    add("--first-pictures", type=int, default=64000, help="and first pictures of more of them, see record_first, >= 32")
     add("--first-ratio", type=float, default=.3, help="P(a sample of --pretrain is one of those), 0 to 1")
     add("--aux-weight", type=float, default=1., help="of the landmark loss in --pretrain, >= 0")
     add("--half", action="store_true", help="store OUT/policy in half precision")
@@ -114,11 +117,10 @@ def parse(argv=None):
     add("--device", help="cpu or cuda; default: cuda if there is one")
     add("--ranks", type=int, default=0, help="processes; 0 = one per GPU, else one per CPU core; torchrun knows better")
     add("--tokenizer", help="path of a tokenizer.json, for checkpoints that come without one")
-    add("--freeze", default="none", help="none, vision, or vlm (only the action expert of pi0.5 trains)")
     add("--gradient-checkpointing", action="store_true", help="a third more time, far less memory")
     group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
     for name, kind, text in (
-            ("steps", int, "optimizer steps; 0 = only evaluate; --task all: by default three times as many"),
+            ("steps", int, "optimizer steps; 0 = only evaluate; in brackets: of one task, of --task all"),
             ("batch", int, "samples per step over all ranks, >= ranks"),
             ("micro-batch", int, "samples per forward pass of a rank, >= 1; gradients accumulate"),
             ("lr", float, "peak learning rate, > 0"), ("warmup", int, "steps of linear warm-up; 0 = none"),
@@ -129,6 +131,7 @@ def parse(argv=None):
             ("optimizer", str, "adamw, or muon for the matrices inside the transformers and adamw for the rest"),
             ("ema", float, "decay per step of averaged weights, which are then what is saved; 0 = none"),
             ("augment", str, "openvla, pi05 (the official recipes), shift (+-2 pixels, a little tone), or none"),
+            ("freeze", str, "none, vision, or vlm (only the action expert of pi0.5 trains)"),
             ("lora-rank", int, "0 = train the weights themselves"), ("dtype", str, "float32 or bfloat16 (autocast)"),
             ("statistics", str, "base (of the checkpoint) or data (of these demonstrations), for normalisation")):
         group.add_argument("--" + name, type=kind, help=text)
@@ -136,14 +139,14 @@ def parse(argv=None):
 
 def check_args(args):
     """Fills in the preset; one ValueError lists all that is wrong."""
-    tiny = args.pretrain or args.scratch
-    config = {} if tiny else policies.read_json(policies.find_base(args.policy)[0] / "config.json", {})
-    kind = args.policy if tiny else policies.kind_of(config)
-    tiny = tiny or "tiny_timm_kwargs" in config or config.get("vlm", {}).get("width", 2048) < 1024
-    args.preset = f"{kind}{'-tiny' * tiny}"
-    for name, value in PRESETS.get(args.preset, PRESETS["openvla-tiny"]).items():
+    scratch = args.pretrain or args.scratch
+    config = {} if scratch else policies.read_json(policies.find_base(args.policy)[0] / "config.json", {})
+    kind = args.policy if scratch else policies.kind_of(config)
+    tiny = "tiny_timm_kwargs" in config or config.get("vlm", {}).get("width", 2048) < 1024
+    args.preset = "random weights" if scratch else f"{kind}{'-tiny' * tiny}"
+    for name, value in PRESETS.get(args.preset, PRESETS["random weights"]).items():
         if getattr(args, name) is None:
-            setattr(args, name, 3 * value if name == "steps" and args.task == "all" else value)
+            setattr(args, name, value[args.task == "all"] if name == "steps" else value)
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     if args.pretrain:                        # first pictures take the place of real samples
         args.sim_ratio = 1 - args.first_ratio

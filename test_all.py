@@ -422,13 +422,16 @@ def test_real_differs_in_every_parameter_and_gap_switches_parts():
 
 
 def test_randomised_parts_are_those_of_pretrain():
-    """But for the camera, which stays near that of sim."""
+    """But for the camera, which stays near that of sim; and things are of its colours, too."""
     sim, other = (envs.VecEnv("all", domain, image_size=0).parameters for domain in ("sim", "pretrain"))
     for part in ("visual", "dynamics"):
-        names, near = set(envs.PARAMETERS[part]), envs.NEAR_CAMERA if part == "visual" else {}
+        names, near = set(envs.PARAMETERS[part]), envs.NEAR_LOOKS if part == "visual" else {}
         got = envs.VecEnv("all", image_size=0, randomise=[part]).parameters
         assert got == sim | {name: other[name] for name in names} | near and got != sim
-    assert all(low < sim[name] < high and other[name] != (low, high) for name, (low, high) in envs.NEAR_CAMERA.items())
+    cameras = {name: range for name, range in envs.NEAR_LOOKS.items() if name in envs.PARAMETERS["visual"]}
+    assert len(cameras) == 5 and cameras["azimuth"] != other["azimuth"]
+    assert all(low < sim[name] < high for name, (low, high) in cameras.items())
+    assert all(envs.NEAR_LOOKS[name] == other[name] for name in {*envs.NEAR_LOOKS} - {*cameras})
     assert envs.VecEnv("all", "pretrain", image_size=0, randomise=["visual"]).parameters == other
     with pytest.raises(ValueError, match="randomise 'objects' is unknown, choose from visual, dynamics"):
         envs.VecEnv("all", image_size=0, randomise=["objects"])
@@ -461,6 +464,10 @@ def test_pretrain_shares_nothing_with_the_target_domains():
             own, target = ({c for c in x if not isinstance(c, str)} for x in (colours(rows[2]), target))
             assert np.linalg.norm(np.array([*own])[:, None] - np.array([*target]), axis=2).min() > .12
         assert not colours(rows[2]) & target or name == "cubes", name
+        if name in ("table", "wall", "robot", "colour", "dish", "cabinet", "handle"):        # a hundred, and all look otherwise
+            own, target = (np.array([*x]) for x in (colours(rows[2]), colours(rows[0]) | colours(rows[1])))
+            assert len(own) == 100 and np.linalg.norm(own[:, None] - target, axis=2).min() > (.1 if name == "robot" else .25), name
+            assert (np.ptp(own, 0) > (.3 if name == "robot" else .75)).all(), name
     def cameras(domain):
         env = envs.VecEnv("push-cube", domain, 300, image_size=0)
         env.reset()
@@ -3554,6 +3561,18 @@ def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
     assert "RL in simulation alone" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds another Stage I: --steps was 2, is 3"):
         rl_cotrain.co_train(rl_cotrain.parse([*flags, "--sft-steps", "3"]))
+
+
+def test_sft_presets_by_policy_task_and_start():
+    """The tiny openvla is warm-started gently, with its eyes frozen; what starts from random weights must learn to see."""
+    def chosen(*flags):
+        args = sft_warmstart.parse(flags)
+        return args.steps, args.lr, args.freeze
+    assert chosen("--policy", "openvla") == chosen("--policy", "openvla", "--task", "all") == (700, 3e-4, "vision")
+    assert chosen("--policy", "pi05") == (700, 1e-3, "none") and chosen("--policy", "pi05", "--task", "all")[0] == 2100
+    assert chosen("--policy", "openvla", "--scratch", "--task", "all") == (2100, 1e-3, "none")
+    assert chosen("--policy", "openvla", "--pretrain")[1:] == (1e-3, "none")
+    assert chosen("--steps", "5", "--task", "all", "--lr", "1", "--freeze", "none") == (5, 1, "none")
 
 
 def test_rl_bad_flags_are_listed_together():
