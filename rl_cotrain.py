@@ -55,8 +55,8 @@ CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the crit
 RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=.1)                  # of the first ratio after a rollout, which is 1
 DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - log pi by act|, mean over decisions
 
-# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here. Who
-# practises in random looks must be able to adapt to them: with the VLM frozen, the expert of pi05 cannot.
+# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here. openvla
+# practises in random looks and dynamics; pi05, whose frozen VLM can hardly adapt to them, in the plain twin.
 PRESETS = {
     "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
                     value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
