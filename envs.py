@@ -92,11 +92,11 @@ UNSEEN_OBJECTS = dict(shape=["pot", "cross", "dumbbell", "house"], cabinet=(.42,
                       handle_scale=.75)
 
 
-def unlike(*taken, low=0., apart=.25):
-    """100 colours, the same at every call: channels in low to 1, none nearer than `apart` to one of `taken`."""
+def and_unlike(sim, real, low=0., apart=.25):
+    """(sim, real, 100 others): always the same, channels in low to 1, none nearer than `apart` to one of theirs."""
     drawn = np.random.default_rng(0).uniform(low, 1, (1000, 3)).round(2)
-    far = np.linalg.norm(drawn[:, None] - np.array(taken), axis=2).min(1) > apart
-    return [tuple(colour) for colour in drawn[far][:100].tolist()]
+    far = np.linalg.norm(drawn[:, None] - np.array([sim, real]).reshape(-1, 3), axis=2).min(1) > apart
+    return sim, real, [tuple(colour) for colour in drawn[far][:100].tolist()]
 
 
 # The gap between the domains, (sim, real, pretrain) for every parameter. Once an episode a tuple (low, high) is drawn
@@ -104,9 +104,9 @@ def unlike(*taken, low=0., apart=.25):
 PARAMETERS = {
     "visual": dict(
         texture=("wood", "slate", ["dots", "tiles", "stains", "plain"]),           # of the table; colours: RGB in 0-1
-        table=((.62, .47, .36), (.10, .42, .40), unlike((.62, .47, .36), (.10, .42, .40))),
-        wall=((.72, .72, .72), (.16, .16, .19), unlike((.72, .72, .72), (.16, .16, .19))),
-        robot=((.95, .95, .95), (.88, .87, .82), unlike((.95, .95, .95), (.88, .87, .82), low=.6, apart=.1)),
+        table=and_unlike((.62, .47, .36), (.10, .42, .40)),
+        wall=and_unlike((.72, .72, .72), (.16, .16, .19)),
+        robot=and_unlike((.95, .95, .95), (.88, .87, .82), low=.6, apart=.1),
         clutter=(False, True, [False, True]),                                       # boxes and a cloth around
         ambient=(.45, (.30, .36), (.20, .60)), diffuse=(.55, (.55, .70), (.35, .80)),   # light, of full white
         light_side=(0., (.6, .8), (-1., 1.)), shadow=(0., (.25, .35), (0., .45)),   # 0 = from above; opacity
@@ -126,13 +126,11 @@ PARAMETERS = {
     "objects": dict(
         shape=("cube brick can ball egg carrot mushroom bottle".split(),
                "cube can ball carrot pear corn eggplant sponge".split(), "block drum pill lens tee stack".split()),
-        colour=([(.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)],
-                [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)],
-                unlike((.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75),
-                       (.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48))),
+        colour=and_unlike([(.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)],
+                          [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)]),
         accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)], [(0., 0., 0.), (.3, .7, .6)]),
         scale=(1., (.95, 1.05), (.9, 1.15)), dish_wall=(.006, (.014, .016), (.005, .017)),  # x size; m: a plate, a bowl
-        dish=((.62, .80, .20), (.92, .93, .95), unlike((.62, .80, .20), (.92, .93, .95))),
+        dish=and_unlike((.62, .80, .20), (.92, .93, .95)),
         cubes=((("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
                 ("green", (.10, .65, .25)), ("orange", (.95, .45, .05))),
                (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62))),
@@ -142,8 +140,8 @@ PARAMETERS = {
                 ("pink", [(1., .66, .80), (.85, .30, .50)]), ("brown", [(.54, .34, .22), (.28, .12, .03)]),
                 ("white", [(.85, .85, .80), (.78, .86, .92)]), ("black", [(.18, .16, .18), (0., 0., 0.)]),
                 ("grey", [(.40, .42, .44), (.62, .60, .58)]))),        # the 11 basic colour words; other shades
-        cabinet=((.93, .93, .90), (.85, .88, .92), unlike((.93, .93, .90), (.85, .88, .92))),
-        handle=((.08, .08, .08), (.16, .14, .13), unlike((.08, .08, .08), (.16, .14, .13))),
+        cabinet=and_unlike((.93, .93, .90), (.85, .88, .92)),
+        handle=and_unlike((.08, .08, .08), (.16, .14, .13)),
         handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)),   # x plate size; m of drawer travel
         side=(1, 1, -1))}                                       # 1: the drawer opens to +y; -1: mirrored, to -y
 # What VecEnv's randomise="visual" draws in other domains, beside the looks of `pretrain`, whose own cameras are too far

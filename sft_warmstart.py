@@ -64,10 +64,9 @@ LANDMARK_CENTRE, LANDMARK_SCALE = (.48, -.02, .10), .1             # m: what the
 PATCH_WEIGHT = .2                       # of the cross-entropy over patches (at first ln 16) against the regressions
 
 # Presets. openvla: RL4VLA's warm-up. pi05: openpi's co-training config (cosine over 30,000 steps, of which it does
-# 5,000). The tiny ones were tuned here: openvla learns its 50 real demonstrations by heart and forgets the looks that
-# its base knows, so its eyes are frozen and its steps few and small. steps: of one task, of all. augment: see
-# augment(). statistics: `base` keeps those of the checkpoint (same robot, same action space), `data` computes q01/q99
-# of the demonstrations.
+# 5,000). The tiny ones were tuned here: openvla learns 50 real demonstrations by heart and forgets its base's looks, so
+# its eyes are frozen and its steps few. steps: of one task, of all. augment: see augment(). statistics: `base` keeps
+# those of the checkpoint (same robot, same actions), `data` computes q01/q99 of the demonstrations.
 PRESETS = {
     "openvla": dict(
         steps=(2000, 6000), batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1., beta2=.999,

@@ -428,7 +428,7 @@ def test_randomised_parts_are_those_of_pretrain():
         names, near = set(envs.PARAMETERS[part]), envs.NEAR_LOOKS if part == "visual" else {}
         got = envs.VecEnv("all", image_size=0, randomise=[part]).parameters
         assert got == sim | {name: other[name] for name in names} | near and got != sim
-    cameras = {name: range for name, range in envs.NEAR_LOOKS.items() if name in envs.PARAMETERS["visual"]}
+    cameras = {name: limits for name, limits in envs.NEAR_LOOKS.items() if name in envs.PARAMETERS["visual"]}
     assert len(cameras) == 5 and cameras["azimuth"] != other["azimuth"]
     assert all(low < sim[name] < high for name, (low, high) in cameras.items())
     assert all(envs.NEAR_LOOKS[name] == other[name] for name in {*envs.NEAR_LOOKS} - {*cameras})
