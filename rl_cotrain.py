@@ -81,6 +81,8 @@ def parse(argv=None):
     add("--checkpoint", help="a checkpoint folder or hub id instead, for instance openvla/openvla-7b")
     add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all")
     add("--init", default="sft", help="sft (run Stage I, or find it), base (no Stage I), or a checkpoint folder")
+    add("--sft-task", default="all", choices=(*envs.TASKS, "all"), help="the task of the demonstrations, simulated and "
+        "real, of both stages; all tasks make a better start for one than its own alone (results/transfer/looks.txt)")
     add("--iterations", type=int, help="of rollout and update, >= 0")
     add("--gamma", type=float, default=.99, help="discount per decision, 0 to 1")
     add("--clip", type=float, default=.2, help="epsilon of PPO's ratio, > 0")
@@ -138,18 +140,18 @@ def check_args(args):
     given = os.path.isdir(args.init)         # a policy of whatever kind, which says which preset is meant
     name = args.init if given else args.checkpoint or args.policy
     args.dtype = {"bf16": "bfloat16"}.get(args.dtype, args.dtype)
-    flags = [("--policy", name), ("--task", args.task), ("--seed", args.seed), ("--device", args.device),
+    flags = [("--policy", name), ("--task", args.sft_task), ("--seed", args.seed), ("--device", args.device),
              ("--steps", args.sft_steps), ("--dtype", args.dtype), ("--ranks", args.ranks or None),
              ("--eval-episodes", 0)]
     flags += [(f"--{key.replace('_', '-')}", getattr(args, key)) for key in (
         "sim_ratio", "sim_data", "real_data", "sim_episodes", "real_episodes", "demos", "lora_rank", "augment",
         "held_out", "pause", "action_key", "state_key", "task_key", "tokenizer")]
     folder = pathlib.Path(name)              # OUT/policy is known by the name of OUT
-    label = f"{folder.parent.name if folder.name == 'policy' else folder.name}-{args.task}"
+    name = folder.parent.name if folder.name == "policy" else folder.name
     chosen = [f"{flag}={value}" for flag, value in flags if value is not None]
     chosen += ["--camera", *args.camera] if args.camera else []
     args.sft = sft_warmstart.parse(chosen + ["--gradient-checkpointing"] * args.gradient_checkpointing)
-    args.sft.out = f"runs/sft-{label}-alpha{args.sft.sim_ratio:g}-seed{args.seed}"
+    args.sft.out = f"runs/sft-{name}-{args.sft_task}-alpha{args.sft.sim_ratio:g}-seed{args.seed}"
     args.dtype, args.augment, args.ranks = args.sft.dtype, args.sft.augment, args.ranks or args.sft.ranks
     for key, value in PRESETS[args.sft.preset].items():
         if getattr(args, key) is None:
@@ -157,9 +159,10 @@ def check_args(args):
     if args.value_weight is None:            # a head that judges nothing need not learn
         args.value_weight = float(args.critic == "head")
     args.ranks = min(args.ranks, args.num_envs, args.real_batch)
-    label += "-base" * (args.init == "base")
+    label = f"{name}-{args.task}{'-base' * (args.init == 'base')}"
     args.out = args.out or f"runs/rl-{label}-lambda{args.lambda_real:g}-seed{args.seed}"
     checks = {
+        f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
         f"--lambda-real {args.lambda_real}: need 0 or more": args.lambda_real >= 0,
         f"--gamma {args.gamma}, --gae-lambda {args.gae_lambda}: need 0 to 1":
             0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,

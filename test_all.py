@@ -3540,7 +3540,7 @@ def test_rl_signals_leave_a_checkpoint(rl_starts, sft_demos, tmp_path):
 
 
 def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
-    """Demonstrations, Stage I, Stage II, evaluation, table, curves, videos, checkpoint; a second run finds Stage I."""
+    """Demonstrations, Stage I, Stage II, evaluation, table, curves, videos, checkpoint; Stage II of another task finds Stage I."""
     monkeypatch.chdir(tmp_path)
     flags = ["--policy", "pi05", "--task", "close-drawer", "--sim-episodes", "2", "--real-episodes", "2", "--sft-steps", "2",
              "--iterations", "1", "--num-envs", "2", "--steps", "2", "--minibatch", "4", "--real-batch", "4", "--ranks", "1",
@@ -3555,9 +3555,12 @@ def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
     assert type(policies.load_policy(str(out / "policy"))).__name__ == "Pi05"
     text = capsys.readouterr().out
     assert "SFT co-training, then RL-Co, lambda 0.1:" in text and "stand-in" in text and "95 % interval" in text
-    before = os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime
-    rl_cotrain.co_train(rl_cotrain.parse([*flags, "--lambda-real", "0", "--eval-episodes", "0"]))
-    assert os.stat("runs/sft-pi05-close-drawer-alpha0.5-seed0/policy").st_mtime == before
+    stage_one = pathlib.Path("runs/sft-pi05-all-alpha0.5-seed0/policy")
+    info = json.loads(pathlib.Path("demos/real-all-2-seed0-64px/meta/info.json").read_text())
+    assert info["total_episodes"] == 2 * len(envs.TASKS), "both stages learn from demonstrations of all tasks"
+    before = stage_one.stat().st_mtime
+    rl_cotrain.co_train(rl_cotrain.parse([*flags, "--task", "push-cube", "--lambda-real", "0", "--eval-episodes", "0"]))
+    assert stage_one.stat().st_mtime == before
     assert "RL in simulation alone" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds another Stage I: --steps was 2, is 3"):
         rl_cotrain.co_train(rl_cotrain.parse([*flags, "--sft-steps", "3"]))
@@ -3589,6 +3592,11 @@ def test_rl_bad_flags_are_listed_together():
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
     assert [args.freeze for args in presets] == ["vision", "vlm"] and presets[0].dtype == "float32"
     assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
+    with pytest.raises(ValueError, match="--task open: need one of pick-place"):
+        rl_cotrain.parse(["--task", "open"])
+    for flag, task in ([], "all"), (["--sft-task", "push-cube"], "push-cube"):
+        args = rl_cotrain.parse(["--task", "pick-place", *flag])
+        assert args.sft.task == task and args.sft.out == f"runs/sft-openvla-{task}-alpha0.5-seed0"
     weights = [rl_cotrain.parse(["--critic", critic]).value_weight for critic in ("head", "state")]
     assert weights == [1., 0.], "a head that judges nothing does not learn"
 
