@@ -3025,7 +3025,7 @@ def rl_settings(**changed):
     return types.SimpleNamespace(**{**dict(
         clip=.2, value_clip=.2, value_weight=1., entropy=.01, lambda_real=.3, micro_batch=5, minibatch=8, epochs=1, gamma=.9,
         gae_lambda=.8, seed=0, critic_warmup=0, clip_norm=0., target_kl=0., dtype="float32", lr=1e-3, value_lr=1e-3, beta2=.95,
-        critic="head",
+        critic="head", final_lr=1., iterations=1,
         sft=types.SimpleNamespace(augment="none", micro_batch=64, aux_weight=0, pretrain=False)), **changed})
 
 
@@ -3599,6 +3599,21 @@ def test_rl_bad_flags_are_listed_together():
         assert args.sft.task == task and args.sft.out == f"runs/sft-openvla-{task}-alpha0.5-seed0"
     weights = [rl_cotrain.parse(["--critic", critic]).value_weight for critic in ("head", "state")]
     assert weights == [1., 0.], "a head that judges nothing does not learn"
+
+
+def rl_check_lr():
+    """After 2 of 4 iterations, on the way from all to a fifth: three fifths are left, the value head's as well."""
+    policy = policies.make_tiny("openvla")
+    learner = rl_learner(policy, lr=1e-3, value_lr=1e-2, final_lr=.2, iterations=4, micro_batch=64)
+    data, _ = rl_cotrain.rollout(policy, RlToy(), 2, torch.Generator().manual_seed(0), False)
+    learner.iteration = 2
+    assert learner.update(data)["lr"] == pytest.approx(6e-4)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([6e-4, 6e-3])
+
+
+def test_rl_learning_rates_fall(monkeypatch):
+    rl_check_lr()
+    assert_mutant_dies(monkeypatch, rl_cotrain, rl_cotrain.Learner, "update", "fall * lr", "lr", rl_check_lr)
 
 
 RL_MUTANTS = [
