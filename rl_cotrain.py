@@ -55,23 +55,23 @@ CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the crit
 RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=.1)                  # of the first ratio after a rollout, which is 1
 DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - log pi by act|, mean over decisions
 
-# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here. openvla
-# practises in random looks and dynamics; pi05, whose frozen VLM can hardly adapt to them, in the plain twin.
+# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here: they
+# practise in random looks and dynamics, to which the VLM must adapt, too, so that only its eyes are frozen.
 PRESETS = {
     "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
                     value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
-                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, final_lr=1., randomise=[]),
+                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
     "pi05": dict(num_envs=128, steps=0, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6,
                  value_lr=2e-4, beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0.,
-                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, final_lr=1., randomise=[]),
+                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
     "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                          value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
-                         target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1, final_lr=.1,
+                         target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
                          randomise=["visual", "dynamics"]),
     "pi05-tiny": dict(num_envs=128, steps=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
-                      value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vlm", iterations=45,
-                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1, final_lr=.1,
-                      randomise=[])}
+                      value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50,
+                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
+                      randomise=["visual", "dynamics"])}
 
 
 def parse(argv=None):
@@ -121,11 +121,11 @@ def parse(argv=None):
             ("micro-batch", int, "decisions per forward pass of a rank; gradients accumulate"),
             ("real-batch", int, "real samples per optimizer step over all ranks"),
             ("epochs", int, "passes over an iteration's decisions"), ("lr", float, "learning rate, > 0"),
-            ("value-lr", float, "of the value head, > 0"), ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"),
-            ("final-lr", float, "share of both left after --iterations, 0 to 1; they fall linearly; 1 = constant"),
+            ("value-lr", float, "of the value head, > 0"),
             ("critic", str, "head (of the policy) or state (a small network that reads the simulator's state)"),
             ("gae-lambda", float, "of generalised advantage estimation, 0 to 1"),
             ("critic-warmup", int, "iterations in which only the critic learns"),
+            ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"),
             ("clip-norm", float, "norm to which gradients are cut; 0 = never"),
             ("entropy", float, "weight of the entropy bonus, >= 0; 0 = none"),
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
@@ -165,8 +165,8 @@ def check_args(args):
     checks = {
         f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
         f"--lambda-real {args.lambda_real}: need 0 or more": args.lambda_real >= 0,
-        f"--gamma {args.gamma}, --gae-lambda {args.gae_lambda}, --final-lr {args.final_lr}: need 0 to 1":
-            all(0 <= share <= 1 for share in (args.gamma, args.gae_lambda, args.final_lr)),
+        f"--gamma {args.gamma}, --gae-lambda {args.gae_lambda}: need 0 to 1":
+            0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
         f"--clip {args.clip}, --lr {args.lr}, --value-lr {args.value_lr}: need more than 0":
             min(args.clip, args.lr, args.value_lr) > 0,
         "--num-envs, --minibatch, --micro-batch, --real-batch, --epochs: need 1 or more":
@@ -356,9 +356,6 @@ class Learner:
         data.update(advantage=((advantage - mean) / (math.sqrt(max(variance, 0)) + 1e-5)).flatten(),
                     target=target.flatten(), value=data["values"].flatten())
         drift = self.settle(data) if args.dtype == "bfloat16" else 0.
-        fall = 1 - (1 - args.final_lr) * self.iteration / args.iterations        # large steps learn, small ones refine
-        for group, lr in zip(self.optimizer.param_groups, (args.lr, args.value_lr)):
-            group["lr"] = fall * lr
         pieces = max(1, round(moments[0].item() / args.minibatch))
         history, frozen = [], self.iteration < args.critic_warmup
         only_critic = frozen and self.critic is not None       # one minibatch checks the ratio, then the critic learns
@@ -389,7 +386,7 @@ class Learner:
         fine = [logs for logs in history if not logs["skipped"]] or history
         return {key: float(np.mean([logs[key] for logs in fine])) for key in kept} | dict(
             explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"],
-            lr=fall * args.lr, skipped=sum(logs["skipped"] for logs in history)) | (dict(drift=drift) if drift else {})
+            skipped=sum(logs["skipped"] for logs in history)) | (dict(drift=drift) if drift else {})
 
     @torch.no_grad()
     def settle(self, data):
