@@ -728,19 +728,14 @@ def evaluate(args, policy, rank, world):
 
 # ---- the run -------------------------------------------------------------------------------------------------
 
-def store_half(folder):
-    """Rewrites the weights of a checkpoint folder in half precision; load_policy turns them back into float32."""
-    from safetensors.torch import load_file, save_file
-    for file in folder.glob("*.safetensors"):
-        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-
 def save_policy(policy, out, half=False):
     """OUT/policy, under a temporary name, then renamed: a killed run leaves no half of a folder."""
+    from safetensors.torch import load_file, save_file
     part = out / "policy.part"
     shutil.rmtree(part, ignore_errors=True)
     policy.save(part)
-    if half:
-        store_half(part)
+    for file in part.glob("*.safetensors") if half else ():    # load_policy turns them back into float32
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     shutil.rmtree(out / "policy", ignore_errors=True)
     os.replace(part, out / "policy")
 
