@@ -3592,6 +3592,8 @@ def test_rl_bad_flags_are_listed_together():
     assert given.sft.preset == "pi05-tiny" and given.lambda_real == rl_cotrain.PRESETS["pi05-tiny"]["lambda_real"]
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
     assert [args.freeze for args in presets] == ["vision", "vision"] and presets[0].dtype == "float32"
+    assert presets[0].randomise == ["visual", "dynamics"] and not rl_cotrain.parse(["--task", "pick-place"]).randomise
+    assert rl_cotrain.parse(["--task", "pick-place", "--randomise", "dynamics"]).randomise == ["dynamics"]
     assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
     with pytest.raises(ValueError, match="--task open: need one of pick-place"):
         rl_cotrain.parse(["--task", "open"])
