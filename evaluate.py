@@ -209,15 +209,13 @@ def comparison_table(rows):
 def bar_chart(rows, path):
     """Success with Wilson intervals: a panel per domain, a group per task, a colour per checkpoint (or method: any
     label in row["checkpoint"]). Rows as in table()."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure                       # without pyplot: needs no display, keeps no state
     rows = [dict(row, domain=NAMES.get(row["domain"], row["domain"])) for row in rows]
     domains, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "checkpoint"))
     groups = list(dict.fromkeys((row["task"], row["variant"]) for row in rows))
     several, width = len({variant for _, variant in groups}) > 1, .8 / len(labels)
-    figure, panels = pyplot.subplots(1, len(domains), sharey=True, squeeze=False, layout="constrained",
-                                     figsize=(len(domains) * max(3.2, 1.2 * len(groups)), 3.6))
+    figure = Figure(figsize=(len(domains) * max(3.2, 1.2 * len(groups)), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)
     for domain, panel in zip(domains, panels[0]):
         for k, label in enumerate(labels):
             some = [row for row in rows if (row["domain"], row["checkpoint"]) == (domain, label)]
@@ -230,15 +228,12 @@ def bar_chart(rows, path):
     panels[0, 0].set_ylabel(f"success [%], n = {', '.join(sorted({str(row['n']) for row in rows}))}, 95 % interval")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 def curves(runs, path):
     """Learning curves of Stage II as a PNG. runs: {label: rows of metrics.jsonl}. Of one run: success; reward, which
     tells of speed when success is complete; losses; size of the steps. Of several: what tells them apart, a colour a
     run. What none of them has measured gets no panel. Bars are 95 % Wilson intervals of evaluations along the way."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     if len(runs) == 1:
         panels = {"success rate": ("success", "success/", "sim/", "stand-in/"), "reward per environment": ("reward",),
                   "loss": ("real", "held_out/real", "value"), "step": ("kl", "clipped", "cosine")}
@@ -249,7 +244,8 @@ def curves(runs, path):
                                      if key in wanted or key[:key.find("/") + 1] in wanted]
     panels = {title: wanted for title, wanted in panels.items()
               if any(matching(rows, wanted) for rows in runs.values())} or panels
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), squeeze=False)
+    figure = Figure(figsize=(4 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, wanted) in zip(axes[0], panels.items()):
         for colour, (label, rows) in enumerate(runs.items()):
             for name in matching(rows, wanted):
@@ -266,7 +262,6 @@ def curves(runs, path):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 def framed(image, success, border=True):
     """A picture (H, W, 3) enlarged to about 256 pixels, with a border: green for a success, red for a failure."""

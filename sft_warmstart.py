@@ -645,10 +645,9 @@ class Log:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def plot(self, path):
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(figsize=(6, 4))
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(6, 4))
+        axes = figure.subplots()
         for name in [f"{kind}/{part}" for kind in ("loss", "held_out") for part in DOMAINS + PRETRAIN_PARTS]:
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
@@ -656,7 +655,6 @@ class Log:
         axes.set(xlabel="optimizer step", ylabel="L_SFT", yscale="log")
         axes.legend()
         figure.savefig(path, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
 
 def train(args, policy, rank, world, out):
     """The loop. Returns True if it came to its end, False if a signal stopped it (then resume.pt is up to date)."""
