@@ -67,11 +67,8 @@ PRESETS = {
     "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                          value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
                          target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
-                         randomise=["visual", "dynamics"]),
-    "pi05-tiny": dict(num_envs=128, steps=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
-                      value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=50,
-                      target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
-                      randomise=["visual", "dynamics"])}
+                         randomise=["visual", "dynamics"])}
+PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"] | dict(num_envs=128, steps=20, iterations=50)
 TASK_PRESETS = {"pick-place": dict(randomise=[])}              # 6 to 9 % succeed in those looks: too few to learn from
 
 def parse(argv=None):
@@ -137,7 +134,7 @@ def parse(argv=None):
 
 def check_args(args):
     """Fills in presets; Stage I's flags become args.sft. One ValueError lists all that is wrong."""
-    given = os.path.isdir(args.init)         # a policy of whatever kind, which says which preset is meant
+    given = args.init not in ("sft", "base") and os.path.isdir(args.init)     # its kind says which preset is meant
     name = args.init if given else args.checkpoint or args.policy
     args.dtype = {"bf16": "bfloat16"}.get(args.dtype, args.dtype)
     # one task is learnt better from demonstrations of all (results/transfer/looks.txt, 7)
@@ -148,11 +145,11 @@ def check_args(args):
         "sim_ratio", "sim_data", "real_data", "sim_episodes", "real_episodes", "demos", "lora_rank", "augment",
         "held_out", "pause", "action_key", "state_key", "task_key", "tokenizer")]
     folder = pathlib.Path(name)              # OUT/policy is known by the name of OUT
-    name = folder.parent.name if folder.name == "policy" else folder.name
+    label = folder.parent.name if folder.name == "policy" else folder.name
     chosen = [f"{flag}={value}" for flag, value in flags if value is not None]
     chosen += ["--camera", *args.camera] if args.camera else []
     args.sft = sft_warmstart.parse(chosen + ["--gradient-checkpointing"] * args.gradient_checkpointing)
-    args.sft.out = f"runs/sft-{name}-{args.sft_task}-alpha{args.sft.sim_ratio:g}-seed{args.seed}"
+    args.sft.out = f"runs/sft-{label}-{args.sft_task}-alpha{args.sft.sim_ratio:g}-seed{args.seed}"
     args.dtype, args.augment, args.ranks = args.sft.dtype, args.sft.augment, args.ranks or args.sft.ranks
     for key, value in (PRESETS[args.sft.preset] | TASK_PRESETS.get(args.task, {})).items():
         if getattr(args, key) is None:
@@ -160,7 +157,7 @@ def check_args(args):
     if args.value_weight is None:            # a head that judges nothing need not learn
         args.value_weight = float(args.critic == "head")
     args.ranks = min(args.ranks, args.num_envs, args.real_batch)
-    label = f"{name}-{args.task}{'-base' * (args.init == 'base')}"
+    label += f"-{args.task}" + "-base" * (args.init == "base")
     args.out = args.out or f"runs/rl-{label}-lambda{args.lambda_real:g}-seed{args.seed}"
     checks = {
         f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),

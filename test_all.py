@@ -3540,7 +3540,7 @@ def test_rl_signals_leave_a_checkpoint(rl_starts, sft_demos, tmp_path):
 
 
 def test_rl_main_job_small(tmp_path, capsys, monkeypatch):
-    """Demonstrations, Stage I, Stage II, evaluation, table, curves, videos, checkpoint; Stage II of another task finds Stage I."""
+    """Demonstrations, Stage I, Stage II, evaluation, table, curves, videos, checkpoint; another task finds Stage I."""
     monkeypatch.chdir(tmp_path)
     flags = ["--policy", "pi05", "--task", "close-drawer", "--sim-episodes", "2", "--real-episodes", "2", "--sft-steps", "2",
              "--iterations", "1", "--num-envs", "2", "--steps", "2", "--minibatch", "4", "--real-batch", "4", "--ranks", "1",
@@ -3579,7 +3579,7 @@ def test_sft_presets_by_policy_task_and_start():
     assert chosen("--steps", "5", "--task", "all", "--lr", "1", "--freeze", "none") == (5, 1, "none")
 
 
-def test_rl_bad_flags_are_listed_together():
+def test_rl_bad_flags_are_listed_together(monkeypatch, tmp_path):
     with pytest.raises(ValueError) as error:
         rl_cotrain.parse(["--lambda-real", "-1", "--gamma", "2", "--epochs", "0", "--init", "/nowhere", "--clip-norm", "-1"])
     for text in ("--lambda-real -1", "--gamma 2", "--epochs", "--init /nowhere", "--clip-norm"):
@@ -3588,6 +3588,9 @@ def test_rl_bad_flags_are_listed_together():
         with pytest.raises(ValueError, match=flag[0]):
             rl_cotrain.parse(flag)
     assert not rl_cotrain.parse(["--resume", "--out", "runs/nothing-here"]).resume, "Stage I may be what was interrupted"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert rl_cotrain.parse(["--init", "base"]).sft.policy == "openvla", "the word, whatever folders there are"
     given = rl_cotrain.parse(["--init", str(policies.BUNDLED["pi05"])])
     assert given.sft.preset == "pi05-tiny" and given.lambda_real == rl_cotrain.PRESETS["pi05-tiny"]["lambda_real"]
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
