@@ -2855,6 +2855,8 @@ def test_sft_pretraining_labels_and_dropped_head(tmp_path, monkeypatch):
         f"{domain}/{task}": 1 for domain in ("sim", "stand-in", "pretrain") for task in envs.TASKS}
     policy = policies.load_policy(str(tmp_path / "base/policy"))
     assert sum(f.stat().st_size for f in (tmp_path / "base/policy").iterdir()) < 10e6
+    stored = [load_file(file) for file in (tmp_path / "base/policy").glob("*.safetensors")]
+    assert {x.dtype for tensors in stored for x in tensors.values()} == {torch.float16}
     assert policy.statistics["panda"]["action"]["q99"][0] == pytest.approx(.04)
 
 
