@@ -11,9 +11,9 @@ Scenes     episode k of (seed, task, domain, variant) is always the same scene; 
 Blocks     episodes b * N .. b * N + N - 1 are block b, N = --num-envs: one batch of environments with a generator of
            its own for the noise of the policy. Blocks can be run in any order by any number of processes, the results
            are the same bit for bit (on one kind of CPU; GPU kernels may differ). Another N gives other noise.
-Decoding   auto: OpenVLA samples at temperature 0.6, as RL4VLA and RLinf evaluate. Its likeliest tokens stand still for
-           ever where the demonstrator waited: greedy decoding has 0 % success here. pi0.5 integrates the plain ODE,
-           from noise. greedy: argmax, or the ODE. sampled: with the noise of RL.
+Decoding   auto: OpenVLA samples at temperature 0.6, as RL4VLA and RLinf evaluate: by its likeliest tokens a policy can
+           stand still or push at one place for ever, and Stage I's does (results/all-tasks/decoding.txt). pi0.5
+           integrates the plain ODE, from noise. greedy: argmax, or the ODE. sampled: with the noise of RL.
 Failures   "looked wrong": the tool never touched the named thing (pick-place: never held it); "moved wrong": it did.
            Touch is looked for at the ends of control steps: a short knock between two of them goes unnoticed.
 Ablations  checks of the benchmark. blank-image: everything is grey. shuffled-instruction: it names another cube that
