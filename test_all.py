@@ -422,15 +422,16 @@ def test_real_differs_in_every_parameter_and_gap_switches_parts():
 
 
 def test_randomised_parts_are_those_of_pretrain():
-    """But for the camera, which stays near that of sim; and things are of its colours, too."""
+    """But for the camera, which stays near that of sim and whose pictures may be late; things are of its colours."""
     sim, other = (envs.VecEnv("all", domain, image_size=0).parameters for domain in ("sim", "pretrain"))
     for part in ("visual", "dynamics"):
         names, near = set(envs.PARAMETERS[part]), envs.NEAR_LOOKS if part == "visual" else {}
         got = envs.VecEnv("all", image_size=0, randomise=[part]).parameters
         assert got == sim | {name: other[name] for name in names} | near and got != sim
     cameras = {name: limits for name, limits in envs.NEAR_LOOKS.items() if name in envs.PARAMETERS["visual"]}
-    assert len(cameras) == 5 and cameras["azimuth"] != other["azimuth"]
-    assert all(low < sim[name] < high for name, (low, high) in cameras.items())
+    assert len(cameras) == 6 and cameras["azimuth"] != other["azimuth"]
+    assert all(low <= sim[name] < high and (low < sim[name]) == (name != "stale")
+               for name, (low, high) in cameras.items())
     assert all(envs.NEAR_LOOKS[name] == other[name] for name in {*envs.NEAR_LOOKS} - {*cameras})
     assert envs.VecEnv("all", "pretrain", image_size=0, randomise=["visual"]).parameters == other
     with pytest.raises(ValueError, match="randomise 'objects' is unknown, choose from visual, dynamics"):
@@ -439,6 +440,31 @@ def test_randomised_parts_are_those_of_pretrain():
     before, after = plain.reset(), moved.reset()
     assert before["instructions"] == after["instructions"] and np.allclose(plain.object, moved.object)
     assert all((a != b).mean() > .5 for a, b in zip(before["images"], after["images"]))
+    for env, late in ((plain, False), (moved, True)):          # about a tenth of the pictures is the one before
+        repeats = []
+        for env.first_episode in range(0, 40, 4):
+            env.reset()
+            repeats += [one.repeats.mean() for one in env.drawn]
+        assert .07 < np.mean(repeats) < .13 and max(repeats) < .5 if late else not any(repeats)
+
+
+def test_share_of_random_looks():
+    """0: the twin's pictures; 1/3: each quantity is drawn in a third of the episodes, apart from the others."""
+    assert all(np.array_equal(*(envs.VecEnv("push-cube", num_envs=2, seed=3, looks_share=0., randomise=parts).reset()[key]
+                                for parts in ((), ("visual",)))) for key in ("images", "state"))
+    env = envs.VecEnv("pick-place", "sim", 300, 5, image_size=0, randomise=("visual", "dynamics"), looks_share=1 / 3)
+    env.reset()
+    drawn = {name: np.array([getattr(one, name) != env.own_looks[name] for one in env.drawn])
+             for name in ("table", "azimuth", "gamma", "stale")}
+    assert all(.23 < each.mean() < .44 for each in drawn.values()), drawn
+    both = (drawn["table"] & drawn["azimuth"]).mean()
+    assert .05 < both < .18                                    # 1/9: not all in the same episodes
+    assert all(one.stiffness != 1 for one in env.drawn)        # dynamics are drawn always
+    colours = envs.PARAMETERS["objects"]["colour"]
+    assert .55 < np.mean([one.colour in colours[0] for one in env.drawn]) < .78
+    assert env.own_looks.keys() == {*envs.PARAMETERS["visual"], *envs.NEAR_LOOKS}
+    with pytest.raises(ValueError, match="looks_share must be 0 to 1, got 1.5"):
+        envs.VecEnv("all", image_size=0, looks_share=1.5)
 
 
 def test_gap_parts_are_independent():
@@ -3597,7 +3623,9 @@ def test_rl_bad_flags_are_listed_together(monkeypatch, tmp_path):
     assert given.sft.preset == "pi05-tiny" and given.lambda_real == rl_cotrain.PRESETS["pi05-tiny"]["lambda_real"]
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
     assert [args.freeze for args in presets] == ["vision", "vision"] and presets[0].dtype == "float32"
-    assert presets[0].randomise == ["visual", "dynamics"] and not rl_cotrain.parse(["--task", "pick-place"]).randomise
+    pick = rl_cotrain.parse(["--task", "pick-place"])
+    assert all(one.randomise == ["visual", "dynamics"] for one in (presets[0], pick))
+    assert presets[0].looks_share == 1 and pick.looks_share == 1 / 3
     assert rl_cotrain.parse(["--task", "pick-place", "--randomise", "dynamics"]).randomise == ["dynamics"]
     assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
     with pytest.raises(ValueError, match="--task open: need one of pick-place"):
