@@ -452,15 +452,13 @@ class VecEnv:
     reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
         "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
     gap: which parts of `real` differ from `sim`.    randomise: which of "visual", "dynamics" are drawn as in
-    `pretrain`, but for the camera and its late pictures (NEAR_LOOKS).    looks_share: P that an episode draws a
-    quantity of random looks; else it is the domain's own: 1/3 teaches a task in which 1 is too hard to succeed.
+    `pretrain`, but for the camera and its late pictures (NEAR_LOOKS).
     paraphrase: True = draw the wording (`pretrain` always does).
     run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
     first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
 
     def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events",
-                 gap=Gap(), randomise=(), looks_share=1., paraphrase=False, run_to_horizon=False, first_episode=0,
-                 episode_stride=1):
+                 gap=Gap(), randomise=(), paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
         wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
             ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
             ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS),
@@ -469,7 +467,6 @@ class VecEnv:
             ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("first_episode", first_episode, 0, 1 << 32),
             ("episode_stride", episode_stride, 1, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512))
             if not isinstance(got, (int, np.integer)) or not low <= got <= high]
-        wrong += [f"looks_share must be 0 to 1, got {looks_share!r}"] if not 0 <= looks_share <= 1 else []
         if wrong:
             raise ValueError("VecEnv: " + "; ".join(wrong))
         self.num_envs, self.seed, self.image_size, self.domain, n = num_envs, seed, image_size, domain, num_envs
@@ -477,16 +474,12 @@ class VecEnv:
         self.dense, self.run_to_horizon = reward == "dense", run_to_horizon
         self.first_episode, self.episode_stride = first_episode, episode_stride
         column = {part: DOMAINS.index(domain) * (domain != "real" or getattr(gap, part)) for part in PARAMETERS}
-        own, self.parameters = (
-            {name: row[columns[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
-            for columns in (column, column | dict.fromkeys(randomise, DOMAINS.index("pretrain"))))
-        self.looks_share, self.own_looks = looks_share, {}
+        column |= dict.fromkeys(randomise, DOMAINS.index("pretrain"))
+        self.parameters = {name: row[column[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
         if "visual" in randomise and domain != "pretrain":
-            self.own_looks = {name: own[name] for name in {**PARAMETERS["visual"], **NEAR_LOOKS}}
             self.parameters.update(NEAR_LOOKS)
         if variant == "unseen-objects":
-            for table in (self.parameters, self.own_looks):
-                table.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
+            self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
         self.wordings = {name: [task.instruction] * (domain != "pretrain")
                          + task.paraphrases * (paraphrase or domain == "pretrain") for name, task in TASKS.items()}
         self.scenes = {name: Scene(name, n, image_size) for name in sorted({TASKS[t].scene for t in self.tasks})}
@@ -543,9 +536,7 @@ class VecEnv:
         self.touched[i] = self.succeeded[i] = self.lost[i] = self.diverged[i] = self.wrong[i] = False
         self.drawn[i] = drawn = types.SimpleNamespace()
         for rng, part in zip(parts, PARAMETERS):
-            for name in PARAMETERS[part]:
-                own = self.looks_share < 1 and name in self.own_looks and rng.random() >= self.looks_share
-                setattr(drawn, name, draw(rng, (self.own_looks if own else self.parameters)[name]))
+            vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]})
         self.mirror[i] = 1, drawn.side, 1
         drawn.repeats = parts[0].random(self.horizon[i] + 1) < drawn.stale     # whether step t shows the last frame
         drawn.noise_seed, drawn.arm = parts[0].integers(1 << 20), parts[1].uniform(-1, 1, 10)

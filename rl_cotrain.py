@@ -60,16 +60,16 @@ DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - 
 PRESETS = {
     "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
                     value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
-                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[], looks_share=1.),
+                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
     "pi05": dict(num_envs=128, steps=0, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6,
                  value_lr=2e-4, beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0.,
-                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[], looks_share=1.),
+                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
     "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
                          value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
                          target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
-                         randomise=["visual", "dynamics"], looks_share=1.)}
+                         randomise=["visual", "dynamics"])}
 PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"] | dict(num_envs=128, steps=20, iterations=50)
-TASK_PRESETS = {"pick-place": dict(looks_share=1 / 3)}         # 6 to 9 % succeed in those looks: too few to learn from
+TASK_PRESETS = {"pick-place": dict(randomise=[])}              # 6 to 9 % succeed in those looks: too few to learn from
 
 def parse(argv=None):
     """Flags -> args. Those without a default here get that of the policy's preset."""
@@ -126,11 +126,10 @@ def parse(argv=None):
             ("clip-norm", float, "norm to which gradients are cut; 0 = never"),
             ("entropy", float, "weight of the entropy bonus, >= 0; 0 = none"),
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
-            ("looks-share", float, "P that an episode draws a quantity of random looks, else it is the twin's"),
             ("target-kl", float, "an iteration's updates stop above this KL [nats]; 0 = never")):
         group.add_argument("--" + flag, type=kind, help=text)
     group.add_argument("--randomise", nargs="*", choices=("visual", "dynamics"), help="what Stage II's simulation draws"
-                       " anew each episode; visual: looks, near camera; no word: neither")
+                       " anew each episode; visual: looks, near camera; no word: neither (pick-place's default)")
     return check_args(parser.parse_args(argv))
 
 def check_args(args):
@@ -165,7 +164,6 @@ def check_args(args):
         f"--lambda-real {args.lambda_real}: need 0 or more": args.lambda_real >= 0,
         f"--gamma {args.gamma}, --gae-lambda {args.gae_lambda}: need 0 to 1":
             0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
-        f"--looks-share {args.looks_share}: need 0 to 1": 0 <= args.looks_share <= 1,
         f"--clip {args.clip}, --lr {args.lr}, --value-lr {args.value_lr}: need more than 0":
             min(args.clip, args.lr, args.value_lr) > 0,
         "--num-envs, --minibatch, --micro-batch, --real-batch, --epochs: need 1 or more":
@@ -193,8 +191,7 @@ def known_stage(args):
 def known_anchor(args):
     """What the literature calls its Stage II, and what is random in its simulation."""
     name = f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
-    looks = "looks" + f" ({args.looks_share:.0%})" * (args.looks_share < 1)
-    return name + "".join(f", random {looks if part == 'visual' else part}" for part in args.randomise)
+    return name + "".join(f", random {'looks' if part == 'visual' else part}" for part in args.randomise)
 
 # ---- formulas ------------------------------------------------------------------------------------------------
 
@@ -535,7 +532,7 @@ def work(args, rank, world, device):
     real, held_out = real_batches(args, policy, rank, world)
     frozen = not any(p.requires_grad for name, p in policy.named_parameters() if name.startswith(policy.vision))
     env = envs.VecEnv(args.task, "sim", max(1, args.num_envs // world), RL_SEED + args.seed, policy.image_size,
-                      episode_stride=world, randomise=args.randomise, looks_share=args.looks_share)
+                      episode_stride=world, randomise=args.randomise)
     horizon = max(task.horizon for name, task in envs.TASKS.items() if args.task in (name, "all"))
     steps = args.steps or math.ceil(horizon / policy.settings.get("chunk", 1))
     before = first_evaluation(args, policy, rank, world)

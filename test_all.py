@@ -448,25 +448,6 @@ def test_randomised_parts_are_those_of_pretrain():
         assert .07 < np.mean(repeats) < .13 and max(repeats) < .5 if late else not any(repeats)
 
 
-def test_share_of_random_looks():
-    """0: the twin's pictures; 1/3: each quantity is drawn in a third of the episodes, apart from the others."""
-    assert all(np.array_equal(*(envs.VecEnv("push-cube", num_envs=2, seed=3, looks_share=0., randomise=parts).reset()[key]
-                                for parts in ((), ("visual",)))) for key in ("images", "state"))
-    env = envs.VecEnv("pick-place", "sim", 300, 5, image_size=0, randomise=("visual", "dynamics"), looks_share=1 / 3)
-    env.reset()
-    drawn = {name: np.array([getattr(one, name) != env.own_looks[name] for one in env.drawn])
-             for name in ("table", "azimuth", "gamma", "stale")}
-    assert all(.23 < each.mean() < .44 for each in drawn.values()), drawn
-    both = (drawn["table"] & drawn["azimuth"]).mean()
-    assert .05 < both < .18                                    # 1/9: not all in the same episodes
-    assert all(one.stiffness != 1 for one in env.drawn)        # dynamics are drawn always
-    colours = envs.PARAMETERS["objects"]["colour"]
-    assert .55 < np.mean([one.colour in colours[0] for one in env.drawn]) < .78
-    assert env.own_looks.keys() == {*envs.PARAMETERS["visual"], *envs.NEAR_LOOKS}
-    with pytest.raises(ValueError, match="looks_share must be 0 to 1, got 1.5"):
-        envs.VecEnv("all", image_size=0, looks_share=1.5)
-
-
 def test_gap_parts_are_independent():
     """With one part of the gap switched off, what the other parts drew stays exactly the same."""
     full, blind = (envs.VecEnv("push-cube", "real", 3, gap=gap) for gap in (envs.Gap(), envs.Gap(visual=False)))
@@ -3623,9 +3604,7 @@ def test_rl_bad_flags_are_listed_together(monkeypatch, tmp_path):
     assert given.sft.preset == "pi05-tiny" and given.lambda_real == rl_cotrain.PRESETS["pi05-tiny"]["lambda_real"]
     presets = [rl_cotrain.parse(["--policy", name]) for name in ("openvla", "pi05")]
     assert [args.freeze for args in presets] == ["vision", "vision"] and presets[0].dtype == "float32"
-    pick = rl_cotrain.parse(["--task", "pick-place"])
-    assert all(one.randomise == ["visual", "dynamics"] for one in (presets[0], pick))
-    assert presets[0].looks_share == 1 and pick.looks_share == 1 / 3
+    assert presets[0].randomise == ["visual", "dynamics"] and not rl_cotrain.parse(["--task", "pick-place"]).randomise
     assert rl_cotrain.parse(["--task", "pick-place", "--randomise", "dynamics"]).randomise == ["dynamics"]
     assert rl_cotrain.parse(["--dtype", "bf16"]).dtype == "bfloat16"
     with pytest.raises(ValueError, match="--task open: need one of pick-place"):
