@@ -64,6 +64,7 @@ TASKS = {
     "close-drawer": Task("drawer", 40, "close the drawer", [
         "push the drawer shut", "slide the drawer in", "it must be closed", "close it", "push the handle"])}
 DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
+RANDOM = dict(visual="random looks", dynamics="random dynamics", late="late pictures")      # what VecEnv can randomise
 TRUTH = 16                                       # numbers an environment, see VecEnv.observe
 REWARD_TERMS = ("reach", "touch", "progress", "success")
 
@@ -145,11 +146,10 @@ PARAMETERS = {
         handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)),   # x plate size; m of drawer travel
         side=(1, 1, -1))}                                       # 1: the drawer opens to +y; -1: mirrored, to -y
 # What VecEnv's randomise="visual" draws in other domains, beside the looks of `pretrain`, whose own cameras are too far
-# away for a policy of Stage I: a camera as far off the twin's as careful measuring leaves it, now and then a picture
-# that is late, and things of any colour.
+# away for a policy of Stage I: a camera as far off the twin's as careful measuring leaves it, and things of any colour.
 NEAR_LOOKS = dict(azimuth=(16., 28.), elevation=(33., 45.), fovy=(27., 32.), distance=(.84, .96), shift=(-.02, .02),
-                  stale=(0., .2),
                   **{name: PARAMETERS["objects"][name][2] for name in ("colour", "dish", "cabinet")})
+LATE = (0., .2)                         # randomise="late": what the share of late pictures of an episode is drawn from
 LOOK_AT = np.array([.45, -.045, .08])   # m; every camera orbits it and faces the robot from its front left: in the
 #                                         published view, from behind, the hand hides what it pushes
 
@@ -452,7 +452,7 @@ class VecEnv:
     reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
         "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
     gap: which parts of `real` differ from `sim`.    randomise: which of "visual", "dynamics" are drawn as in
-    `pretrain`, but for the camera and its late pictures (NEAR_LOOKS).
+    `pretrain`, but for the camera (NEAR_LOOKS); "late": now and then the picture is the one before (LATE).
     paraphrase: True = draw the wording (`pretrain` always does).
     run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
     first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
@@ -462,7 +462,7 @@ class VecEnv:
         wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
             ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
             ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS),
-            *(("randomise", part, ("visual", "dynamics")) for part in randomise)) if got not in known]
+            *(("randomise", part, RANDOM) for part in randomise)) if got not in known]
         wrong += [f"{name} must be a whole number from {low} to {high}, got {got!r}" for name, got, low, high in (
             ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("first_episode", first_episode, 0, 1 << 32),
             ("episode_stride", episode_stride, 1, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512))
@@ -474,10 +474,12 @@ class VecEnv:
         self.dense, self.run_to_horizon = reward == "dense", run_to_horizon
         self.first_episode, self.episode_stride = first_episode, episode_stride
         column = {part: DOMAINS.index(domain) * (domain != "real" or getattr(gap, part)) for part in PARAMETERS}
-        column |= dict.fromkeys(randomise, DOMAINS.index("pretrain"))
+        column |= dict.fromkeys({*randomise} - {"late"}, DOMAINS.index("pretrain"))
         self.parameters = {name: row[column[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
         if "visual" in randomise and domain != "pretrain":
             self.parameters.update(NEAR_LOOKS)
+        if "late" in randomise:
+            self.parameters["stale"] = LATE
         if variant == "unseen-objects":
             self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
         self.wordings = {name: [task.instruction] * (domain != "pretrain")

@@ -128,8 +128,9 @@ def parse(argv=None):
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
             ("target-kl", float, "an iteration's updates stop above this KL [nats]; 0 = never")):
         group.add_argument("--" + flag, type=kind, help=text)
-    group.add_argument("--randomise", nargs="*", choices=("visual", "dynamics"), help="what Stage II's simulation draws"
-                       " anew each episode; visual: looks, near camera; no word: neither (pick-place's default)")
+    group.add_argument("--randomise", nargs="*", choices=envs.RANDOM, help="what Stage II's simulation draws anew each "
+                       "episode; visual: looks, near camera; late: a share of pictures is the one before; no word: "
+                       "nothing (pick-place's default)")
     return check_args(parser.parse_args(argv))
 
 def check_args(args):
@@ -191,7 +192,7 @@ def known_stage(args):
 def known_anchor(args):
     """What the literature calls its Stage II, and what is random in its simulation."""
     name = f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
-    return name + "".join(f", random {'looks' if part == 'visual' else part}" for part in args.randomise)
+    return ", ".join([name, *(envs.RANDOM[part] for part in args.randomise)])
 
 # ---- formulas ------------------------------------------------------------------------------------------------
 
