@@ -128,9 +128,8 @@ def parse(argv=None):
             ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
             ("target-kl", float, "an iteration's updates stop above this KL [nats]; 0 = never")):
         group.add_argument("--" + flag, type=kind, help=text)
-    group.add_argument("--randomise", nargs="*", choices=envs.RANDOM, help="what Stage II's simulation draws anew each "
-                       "episode; visual: looks, near camera; late: a share of pictures is the one before; no word: "
-                       "nothing (pick-place's default)")
+    group.add_argument("--randomise", nargs="*", choices=envs.RANDOM, help="drawn anew each episode: visual (looks, "
+                       "near camera), dynamics, late (share of pictures); no word: nothing (pick-place's default)")
     return check_args(parser.parse_args(argv))
 
 def check_args(args):
