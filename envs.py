@@ -1,395 +1,1389 @@
-"""Four tabletop tasks for a Franka Panda in MuJoCo: two domains, many environments at once, scripted experts.
+"""Four tabletop tasks for a Franka Panda in MuJoCo, many environments at once, scripted experts.
 
-    env = VecEnv("pick-place", domain="sim", num_envs=32, seed=0, image_size=64)
+    env = make_env("pick-place", domain="sim", num_envs=32, seed=0, image_size=64)
     obs = env.reset()
-    obs, reward, terminated, truncated, info = env.step(actions)          # actions (N, K, 7): K steps of 0.2 s
+    obs, reward, terminated, truncated, info = env.step(actions)  # (N, K, 7): K steps of 0.2 s
 
-Domains  sim: the digital twin, to practise in.     pretrain: wide randomisation, shares no texture, camera or colour.
-         real: the STAND-IN for a real robot: other looks, dynamics and objects; no robot is behind it.
-Frame    robot base: x forward, y left, z up; metres, radians; the table top is z = 0.
-Action   dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper in [-1 close, +1 open]. The delta is added to
-         the previous TARGET pose, so tracking errors do not accumulate; rotations are about the base axes through the
-         tool centre point (TCP): R <- Rz(dyaw) Ry(dpitch) Rx(droll) R.
-Image    (H, W, 3) uint8 RGB, top row first, one third-person camera.
-State    (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0.
-Truth    (16,) float32: what only a simulator knows, for critics (not for policies); see VecEnv.observe.
-An episode is a function of (seed, domain, episode number): the same scene whatever the number of environments or
-processes. This file needs mujoco and numpy only (imageio for its demo, python envs.py): copy it away alone.
+Domains   sim: the digital twin, in which a policy trains.
+          real: the STAND-IN for a real robot: another MuJoCo scene, whose appearance, dynamics
+          and objects differ.
+          pretrain: wide randomisation; it shares no texture, camera or colour with the others.
+Frame     robot base: x forward, y left, z up; metres, radians; the table top is z = 0.
+Action    dx dy dz [m], droll dpitch dyaw [rad] per control step, gripper -1 close .. +1 open.
+          The delta is added to the previous TARGET pose, so that tracking errors do not
+          accumulate; rotations are about the base axes, through the tool centre point (TCP):
+          R <- Rz(dyaw) Ry(dpitch) Rx(droll) R.
+Image     (H, W, 3) uint8 RGB, top row first, one third-person camera.
+State     (8,) float32: TCP xyz [m], roll pitch yaw [rad], gripper opening [m], 0.
+Privileged  (11 + number of tasks,) float32: what only a simulator knows, for critics; see
+          VecEnv.observe.
+Episode   a function of (seed, domain, episode number): the same scene, whatever the number of
+          environments or processes.
+
+A fifth task is one more subclass of Task and one more call of register(). Your own simulator is a
+class that passes check_env(), made in make_env(). This file needs only mujoco and numpy (and
+imageio for its demo, `python envs.py`): copy it away.
 """
 import argparse
 import atexit
-import collections
 import ctypes.util
-import dataclasses
-import multiprocessing
+import glob
 import os
 import sys
 import time
 import types
-import warnings
+from typing import NamedTuple
+from typing import Protocol
+
+import numpy as np
 
 
-# mujoco reads MUJOCO_GL when it is imported, only then. A user's choice stands; macOS and Windows have their own GL.
-for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-    if sys.platform.startswith("linux") and ctypes.util.find_library(library):
-        os.environ.setdefault("MUJOCO_GL", backend)
-os.environ.setdefault("LP_NUM_THREADS", "0")     # software GL: its threads do not survive a fork, nor gain at 64 px
+def choose_opengl():
+    """Set the variables that mujoco reads on import. What the user has set stands."""
+    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if sys.platform.startswith("linux") and ctypes.util.find_library(library):
+            os.environ.setdefault("MUJOCO_GL", backend)
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # threads of software OpenGL break after fork()
+    gpus = [str(k) for k in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    if gpus and "LOCAL_RANK" in os.environ:        # each rank renders on its own GPU
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
+        device = visible[int(os.environ["LOCAL_RANK"]) % len(visible)]
+        if device in gpus:                         # a number, and not the UUID of a GPU
+            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", device)
+
 
 def gl_error(error):
-    """What to tell a user whose off-screen OpenGL fails with this error."""
-    return RuntimeError(
-        f"No off-screen OpenGL: MUJOCO_GL={os.environ.get('MUJOCO_GL', '(unset)')} failed with {type(error).__name__}: "
-        f"{error}. Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6), start Python with MUJOCO_GL=egl (or "
-        "osmesa); containers with an NVIDIA GPU: NVIDIA_DRIVER_CAPABILITIES=all; macOS and Windows: unset MUJOCO_GL. "
-        "Without pictures: image_size=0, MUJOCO_GL=off.")
+    """Return the OSError for an off-screen OpenGL that failed with `error`."""
+    return OSError(
+        f"OpenGL: got {type(error).__name__}: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')}); "
+        "need an off-screen backend; try apt-get install libegl1 libgl1 and MUJOCO_GL=egl (or "
+        "libosmesa6 and osmesa), NVIDIA_DRIVER_CAPABILITIES=all in containers, "
+        "MUJOCO_EGL_DEVICE_ID=0, or image_size=0 with MUJOCO_GL=off")
 
+
+choose_opengl()
 try:
-    import mujoco                                     # noqa: E402  (after the choice of the backend)
-except AttributeError as error:                       # of PyOpenGL, which has not found the library of that backend
-    raise gl_error(error) from None
-import numpy as np                                    # noqa: E402
-from mujoco.batch import Batch, SimulationError       # noqa: E402
+    import mujoco
+except ModuleNotFoundError:
+    raise
+except (AttributeError, ImportError, RuntimeError) as error:  # of its OpenGL backend
+    raise gl_error(error) from error
+from mujoco.batch import Batch
+from mujoco.batch import SimulationError
 
-# ---------------------------------------------------------------------------------------------------- tasks
-Task = collections.namedtuple("Task", "scene horizon instruction paraphrases")      # horizon in control steps of 0.2 s
-TASKS = {
-    "pick-place": Task("pick", 80, "put the object into the dish", [
-        "pick up the thing and drop it in the dish", "place the toy in the round dish", "the toy belongs in the bowl",
-        "move the thing to the bowl", "put it on the plate"]),
-    "push-cube": Task("push", 40, "push the {colour} cube forward", [
-        "move the {colour} block away from the robot", "push the {colour} block", "the {colour} one goes forward",
-        "shove {colour} to the front", "the {colour} block must move"]),
-    "open-drawer": Task("drawer", 40, "open the drawer", [
-        "pull the drawer open", "slide the drawer out", "it must be open", "open it", "pull the handle"]),
-    "close-drawer": Task("drawer", 40, "close the drawer", [
-        "push the drawer shut", "slide the drawer in", "it must be closed", "close it", "push the handle"])}
-DOMAINS, VARIANTS = ("sim", "real", "pretrain"), ("seen", "unseen-objects", "unseen-states")
-RANDOM = dict(visual="random looks", dynamics="random dynamics", late="late pictures")      # what VecEnv can randomise
-TRUTH = 16                                       # numbers an environment, see VecEnv.observe
-REWARD_TERMS = ("reach", "touch", "progress", "success")
+DOMAINS = ("sim", "real", "pretrain")
+VARIANTS = ("seen", "unseen-objects", "unseen-states")
+RANDOMISE = ("visual", "dynamics")
 
-PHYSICS_DT, BLOCK_STEPS, BLOCKS = .005, 5, 8     # s; 8 blocks of 25 ms with fixed set-points = 0.2 s = a control step
-CONTROL_HZ = 5
-ACTION_LIMIT = np.array([.04, .04, .04, .2, .2, .2, 1.])       # m, rad, gripper; actions beyond it are clipped
-WORKSPACE = np.array([[.30, -.36, .012], [.68, .36, .50]])     # m; the target position stays inside
-HOME = np.array([0, .259, 0, -2.289, 0, 2.515, np.pi / 4])     # rad; TCP at (.525, 0, .132), pointing down
-FINGER_OPEN, FINGER_CLOSED = .04, -.01           # m a finger; a negative set-point squeezes thin objects
-GRASP_FORCE = .5                                 # N on both pads: the object counts as grasped
-PICK_RADIUS, PICK_HEIGHT, PICK_CLEAR = .05, .025, .045         # m at success: object - dish across, up; object - TCP
-PUSH_DISTANCE, PUSH_WRONG = .10, .03             # m that the named cube must move, and that no other cube may move
-OPEN_DISTANCE, CLOSE_DISTANCE = .15, .02         # m of drawer travel at success
-REWARD_TOUCH, REWARD_SUCCESS, REWARD_LOST = .2, 1., -.4        # events, each at most once an episode
-START = {"object": np.array([[.42, .04], [.53, .14]]), "dish": np.array([[.42, -.16], [.53, -.07]]),     # [low, high]
-         "cube": np.array([[.42, -.015], [.46, .015]]), "cabinet": np.array([[.44, -.32], [.52, -.27]])}  # of x y, m
-START_APART, START_TURN, START_OPEN = .115, .5, (.14, .19)     # m object - dish; rad of yaw; m of drawer before closing
-UNSEEN_BAND = .04                                # m; `unseen-states` starts in the band of this width around START
-CUBE_LANES, CUBE_HALF = (-.12, 0., .12), .028    # m
-HANDLE = np.array([0, .166, .055])               # m; the closed drawer's handle plate in the cabinet's frame
-
-# ---------------------------------------------------------------------------------------------------- domains
-UNSEEN_CUBES = ((("white", (.95, .95, .95)), ("black", (.08, .08, .08)), ("brown", (.40, .22, .10))),      # of sim
-                (("orange", (.90, .42, .15)), ("green", (.45, .75, .40)), ("red", (.75, .12, .12))))       # of real
-UNSEEN_OBJECTS = dict(shape=["pot", "cross", "dumbbell", "house"], cabinet=(.42, .56, .74), handle=(.75, .12, .10),
-                      handle_scale=.75)
+# ---- constants -----------------------------------------------------------------------------
+CONTROL_HZ = 5                 # control steps a second
+PHYSICS_DT = .005              # s
+BLOCK_STEPS = 5                # physics steps between two set-points of the servos: 25 ms
+BLOCKS = 8                     # set-points in a control step of 0.2 s
+ACTION_LIMIT = np.array([.04, .04, .04, .2, .2, .2, 1.])  # m, rad, gripper; clipped beyond it
+WORKSPACE = np.array([[.30, -.36, .012], [.68, .36, .50]])  # m, [low, high] of the target position
+# rad; the TCP is at (.525, 0, .132) m and points down.
+HOME = np.array([0, .259, 0, -2.289, 0, 2.515, np.pi / 4])
+# All cameras orbit this point and face the robot from its front left: from behind, the hand would
+# hide what it pushes.
+LOOK_AT = np.array([.45, -.045, .08])  # m
+FINGER_OPEN = .04              # m a finger
+FINGER_CLOSED = -.01           # m; a negative set-point squeezes thin objects
+OPEN, CLOSE = 1, -1            # the gripper's action
+UNSEEN_BAND = .04              # m, width of the band around a box where `unseen-states` starts
+REWARD_TOUCH = .2              # once an episode, at the first touch or grasp
+REWARD_SUCCESS = 1.            # at success, which ends the episode
+FREE = 9                       # qpos[:7] is the arm, [7:9] the fingers, [FREE:] is the task's
 
 
-def and_unlike(sim, real, low=0., apart=.25):
-    """(sim, real, 100 others): always the same, channels in low to 1, none nearer than `apart` to one of theirs."""
-    drawn = np.random.default_rng(0).uniform(low, 1, (1000, 3)).round(2)
-    far = np.linalg.norm(drawn[:, None] - np.array([sim, real]).reshape(-1, 3), axis=2).min(1) > apart
-    return sim, real, [tuple(colour) for colour in drawn[far][:100].tolist()]
+# ---- tasks ---------------------------------------------------------------------------------
+class Waypoint(NamedTuple):
+    """One leg of a scripted plan: bring the tool to anchor + offset."""
+
+    anchor: str            # "object" or "goal", wherever it is; "tool", where it was at first
+    offset: tuple          # m
+    grip: int              # OPEN or CLOSE; before moving, the plan waits for the fingers
+    tolerance: float       # m; reached when nearer than this
+    steps: int = 25        # control steps after which the plan goes on anyway
+    leash: float = 0       # m; restart the plan if tool and object are farther apart; 0 = never
+    align: bool = False    # turn the wrist to the object's yaw, up to half a turn
 
 
-# The gap between the domains, (sim, real, pretrain) for every parameter. Once an episode a tuple (low, high) is drawn
-# uniformly and a list is chosen from; the rest is fixed. `real` is one laboratory: fixed offsets with a small jitter.
-PARAMETERS = {
-    "visual": dict(
-        texture=("wood", "slate", ["dots", "tiles", "stains", "plain"]),           # of the table; colours: RGB in 0-1
-        table=and_unlike((.62, .47, .36), (.10, .42, .40)),
-        wall=and_unlike((.72, .72, .72), (.16, .16, .19)),
-        robot=and_unlike((.95, .95, .95), (.88, .87, .82), low=.6, apart=.1),
-        clutter=(False, True, [False, True]),                                       # boxes and a cloth around
-        ambient=(.45, (.30, .36), (.20, .60)), diffuse=(.55, (.55, .70), (.35, .80)),   # light, of full white
-        light_side=(0., (.6, .8), (-1., 1.)), shadow=(0., (.25, .35), (0., .45)),   # 0 = from above; opacity
-        azimuth=(22., (24.5, 25.5), [(2., 18.), (29., 44.)]),                       # deg from +x, about LOOK_AT
-        elevation=(39., (36.5, 37.5), (30., 46.)), fovy=(29.5, (30.5, 31.), (28., 33.)),    # deg
-        distance=(.90, (.92, .93), (.84, 1.05)), shift=(0., (.008, .012), (-.02, .02)),     # m; of LOOK_AT's xyz
-        gain=(1., (.85, 1.15), (.75, 1.25)), gamma=(1., (.9, 1.1), (.8, 1.25)),     # tone curve of the camera
-        tint=(0., (-.08, .08), (-.12, .12)),                                        # + warm: red up, blue down
-        noise=(0, 4, [0, 3]), blur=(False, True, False), stale=(0., .1, 0.)),       # sigma of 255; P(last frame again)
-    "dynamics": dict(
-        stiffness=(1., (.45, .55), (.6, 1.2)), damping=(.05, .08, .05),             # of servos: x SERVO_KP; kv / kp [s]
-        action_scale=(1., (.87, .93), (.9, 1.1)), latency=(0., (.025, .075), (0., .05)),    # executed / commanded; s
-        finger_damping=(100., 150., 100.), finger_force=(40., 25., 40.),            # N s/m, N
-        mass=(.05, (.10, .14), (.04, .15)), friction=(1., (.6, .7), (.7, 1.2)),     # kg; loose bodies, cubes 0.6 x
-        drawer_friction=(1., (2.5, 5.), (1., 4.)), drawer_damping=(5., (12., 25.), (4., 20.)),      # N, N s/m
-        start_joints=(.02, .05, .05), start_tcp=(0., .02, .03)),                    # rad, m; the arm starts +- this
-    "objects": dict(
-        shape=("cube brick can ball egg carrot mushroom bottle".split(),
-               "cube can ball carrot pear corn eggplant sponge".split(), "block drum pill lens tee stack".split()),
-        colour=and_unlike([(.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)],
-                          [(.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48)]),
-        accent=([(.20, .55, .15), (.95, .90, .75)], [(.35, .65, .25), (.90, .90, .60)], [(0., 0., 0.), (.3, .7, .6)]),
-        scale=(1., (.95, 1.05), (.9, 1.15)), dish_wall=(.006, (.014, .016), (.005, .017)),  # x size; m: a plate, a bowl
-        dish=and_unlike((.62, .80, .20), (.92, .93, .95)),
-        cubes=((("pink", (.95, .45, .65)), ("blue", (.10, .30, .85)), ("yellow", (.95, .80, .10)),
-                ("green", (.10, .65, .25)), ("orange", (.95, .45, .05))),
-               (("purple", (.45, .20, .65)), ("yellow", (.90, .72, .20)), ("pink", (.90, .50, .62))),
-               (("red", [(.95, .15, .12), (.58, .02, .04)]), ("green", [(.05, .40, .10), (.30, .90, .15)]),
-                ("blue", [(.05, .14, .55), (.25, .50, 1.)]), ("yellow", [(1., .95, .40), (.80, .74, .02)]),
-                ("orange", [(1., .60, .25), (.80, .32, .02)]), ("purple", [(.30, .05, .45), (.60, .35, .85)]),
-                ("pink", [(1., .66, .80), (.85, .30, .50)]), ("brown", [(.54, .34, .22), (.28, .12, .03)]),
-                ("white", [(.85, .85, .80), (.78, .86, .92)]), ("black", [(.18, .16, .18), (0., 0., 0.)]),
-                ("grey", [(.40, .42, .44), (.62, .60, .58)]))),        # the 11 basic colour words; other shades
-        cabinet=and_unlike((.93, .93, .90), (.85, .88, .92)),
-        handle=and_unlike((.08, .08, .08), (.16, .14, .13)),
-        handle_scale=(1., .9, (.85, 1.15)), stroke=(.20, (.19, .21), (.19, .21)),   # x plate size; m of drawer travel
-        side=(1, 1, -1))}                                       # 1: the drawer opens to +y; -1: mirrored, to -y
-# What VecEnv's randomise="visual" draws in other domains, beside the looks of `pretrain`, whose own cameras are too far
-# away for a policy of Stage I: a camera as far off the twin's as careful measuring leaves it, and things of any colour.
-NEAR_LOOKS = dict(azimuth=(16., 28.), elevation=(33., 45.), fovy=(27., 32.), distance=(.84, .96), shift=(-.02, .02),
-                  **{name: PARAMETERS["objects"][name][2] for name in ("colour", "dish", "cabinet")})
-LATE = (0., .2)                         # randomise="late": what the share of late pictures of an episode is drawn from
-LOOK_AT = np.array([.45, -.045, .08])   # m; every camera orbits it and faces the robot from its front left: in the
-#                                         published view, from behind, the hand hides what it pushes
+class Task:
+    """What a task defines. `env` is a VecEnv; `scene` is its Scene of this task.
+
+    place() may keep facts about the episode in env.sampled[i], beside the sampled parameters.
+    """
+
+    name = ""                      # as in --task
+    horizon = 40                   # time limit in control steps of 0.2 s
+    instruction = ""               # what the policy is told
+    paraphrases = ()               # what it is told in the domain `pretrain`
+    wrong = "open the drawer"      # an instruction for another task, see wrong_instruction()
+    friction = 1.                  # factor on the sampled friction of the loose bodies
+    xml = ""                       # MJCF sections to add to SCENE; mocap body 0 is the camera's
+
+    def place(self, env, scene, i, rng):
+        """Write the start of an episode of environment i: scene.qpos[i, FREE:] and env.goal[i]."""
+        raise NotImplementedError
+
+    def measure(self, env, scene, rows):
+        """Set env.object [m], touch, success (and failure) of environments rows (n,)."""
+        raise NotImplementedError
+
+    def plan(self, env, i):
+        """Return the expert's waypoints in environment i."""
+        raise NotImplementedError
+
+    def wrong_instruction(self, env, i):
+        """Return an instruction that does not describe the present episode of environment i."""
+        return self.wrong
 
 
-@dataclasses.dataclass(frozen=True)
-class Gap:
-    """Which parts of `real` differ from `sim`; switch a part off to see what it costs."""
-    visual: bool = True
-    dynamics: bool = True
-    objects: bool = True
+class PickPlace(Task):
+    """Pick up an object of random shape, set it down in the dish, let go and retreat."""
+
+    name = "pick-place"
+    horizon = 80
+    instruction = "put the object into the dish"
+    paraphrases = (
+        "pick up the thing and drop it in the dish", "place the toy in the round dish",
+        "the toy belongs in the bowl", "move the thing to the bowl", "put it on the plate")
+    OBJECT_START = np.array([[.42, .04], [.53, .14]])  # m, [low, high] of x and y
+    DISH_START = np.array([[.42, -.16], [.53, -.07]])
+    APART = .115                   # m, least distance between object and dish at the start
+    YAW = .5                       # rad, largest yaw at the start
+    GRASP_FORCE = .5               # N on both pads: grasped
+    # At success:
+    RADIUS = .05                   # m, at most, between object and dish, horizontally
+    HEIGHT = .025                  # m, at most, of the object above its height on the table
+    CLEAR = .045                   # m, at least, between object and TCP
+    xml = """
+      <default>
+        <default class="dish"><geom contype="3" conaffinity="0" material="dish"/></default>
+        <default class="rim"><geom contype="3" conaffinity="0" material="rim"/></default>
+      </default>
+      <asset><material name="dish"/><material name="rim"/></asset>
+      <worldbody>
+        <body name="object" pos="0 0 .1">  <!-- its geoms become those of a shape -->
+          <freejoint/>
+          <geom name="part0" type="box" size=".02 .02 .02" condim="4"/>
+          <geom name="part1" type="box" size=".02 .02 .02" condim="4"/>
+        </body>
+        <body name="dish" mocap="true">    <!-- a floor and eight walls, 45 degrees apart -->
+          <geom class="dish" type="cylinder" size=".062 .004" pos="0 0 .004"/>
+          <frame euler="0 0 .39269908169872414">
+            <replicate count="8" euler="0 0 .7853981633974483">
+              <geom class="rim" type="box" pos=".062 0 .01" size=".004 .0265 .01"/>
+            </replicate>
+          </frame>
+        </body>
+      </worldbody>
+      <sensor>
+        <contact geom1="pad_left" body2="object" data="force" num="1" reduce="netforce"/>
+        <contact geom1="pad_right" body2="object" data="force" num="1" reduce="netforce"/>
+      </sensor>"""
+
+    def place(self, env, scene, i, rng):
+        """Give the object its shape, colour and yaw; put it and the dish on the table, apart."""
+        sampled = env.sampled[i]
+        sampled.rest = 0.          # m, height of the object's origin above the table
+        # Switch the second geom off, unless the shape has two.
+        scene.set_geom(i, "part1", rgba=0, contype=0, conaffinity=0)
+        for k, part in enumerate(SHAPES[sampled.shape]):
+            pos = sampled.scale * part.pos
+            size = sampled.scale * part.size
+            colour = sampled.accent if part.group else sampled.colour
+            scene.set_geom(i, f"part{k}", type=part.type[0], pos=pos, size=size, quat=part.quat,
+                           rgba=(*colour, 1), contype=1, conaffinity=1)
+            sampled.rest = max(sampled.rest, size[UPWARDS.get(part.type[0], 2)] - pos[2])
+        scene.paint(i, "dish", sampled.dish)
+        scene.paint(i, "rim", .85 * np.array(sampled.dish))
+        rim = scene.model.geom_matid == scene.model.material("rim").id
+        scene.field("geom_size")[i, rim, 2] = sampled.dish_wall
+        scene.field("geom_pos")[i, rim, 2] = sampled.dish_wall
+        yaw = rng.uniform(-self.YAW, self.YAW)
+        if sampled.shape in ROUND:
+            yaw = 0.
+        while True:
+            xy = env.start_xy(rng, self.OBJECT_START)
+            dish = env.start_xy(rng, self.DISH_START)
+            if np.linalg.norm(xy - dish) >= self.APART:
+                break
+        scene.qpos[i, FREE:] = *xy, sampled.rest, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        scene.mocap_pos[i, 1, :2] = dish
+        env.goal[i] = *dish, 0
+
+    def measure(self, env, scene, rows):
+        """Touch: both pads press on it. Success: it lies in the dish, and the tool has let go."""
+        pose = scene.qpos[rows, FREE:]                     # (n, 7) xyz [m], quaternion w x y z
+        env.object[rows] = pose[:, :3]
+        env.object_yaw[rows] = 2 * np.arctan2(pose[:, 6], pose[:, 3])
+        force = np.linalg.norm(scene.sensor[rows].reshape(-1, 2, 3), axis=2)   # (n, 2) N
+        env.touch[rows] = (force > self.GRASP_FORCE).all(1)
+        offset = env.object[rows] - env.goal[rows]         # (n, 3) m
+        height = offset[:, 2] - [env.sampled[i].rest for i in rows]
+        inside = np.linalg.norm(offset[:, :2], axis=1) < self.RADIUS
+        lying = (0 < height) & (height < self.HEIGHT)
+        released = (force == 0).all(1)
+        clear = np.linalg.norm(env.object[rows] - env.tcp[rows], axis=1) > self.CLEAR
+        env.success[rows] = inside & lying & released & clear
+
+    def plan(self, env, i):
+        """Above the object, down, grasp, lift, over the dish, down, release, up."""
+        return [
+            Waypoint("object", (0, 0, .09), OPEN, tolerance=.012, align=True),
+            Waypoint("object", (0, 0, 0), OPEN, tolerance=.005, align=True),
+            Waypoint("tool", (0, 0, .12), CLOSE, tolerance=.02, steps=8, leash=.06),
+            Waypoint("goal", (0, 0, .15), CLOSE, tolerance=.01, leash=.06),
+            Waypoint("goal", (0, 0, .075), CLOSE, tolerance=.01, leash=.06),
+            Waypoint("tool", (0, 0, .09), OPEN, tolerance=.02, steps=8)]
 
 
-# Parts "kind, centre xyz, half sizes [m]"; kind B box, S sphere, R rod along x, C can, E ellipsoid; capital = object
-# colour, small = accent. The origin is the grasp point; the fingers close along y, where no shape is wider than 60 mm.
-SHAPES = dict(
-    cube="B 0 0 0 .023 .023 .023", mushroom="E 0 0 .018 .028 .028 .016; c 0 0 -.004 .018 .018 0",
-    can="C 0 0 0 .023 .028 0", eggplant="E 0 0 0 .035 .022 .022; b -.034 0 0 .007 .01 .01", drum="C 0 0 0 .025 .018 0",
-    ball="S 0 0 0 .026 0 0", sponge="B 0 0 .01 .031 .022 .01; b 0 0 -.01 .031 .022 .01", brick="B 0 0 0 .031 .02 .018",
-    egg="E 0 0 0 .032 .023 .023", tee="B .014 0 0 .012 .024 .016; B -.016 0 0 .02 .014 .016", pill="R 0 0 0 .02 .016 0",
-    block="B 0 0 0 .024 .02 .024", dumbbell="C 0 0 .006 .024 .014 0; b 0 0 0 .034 .018 .02",
-    lens="E 0 0 0 .027 .027 .02", house="B 0 0 0 .025 .02 .018; b 0 0 .026 .016 .013 .008",
-    carrot="R 0 0 0 .019 .02 0; b .042 0 0 .008 .012 .008", pot="C 0 0 0 .027 .02 0; b .036 0 .01 .012 .007 .006",
-    pear="S 0 0 0 .026 0 0; S 0 0 .03 .015 0 0", cross="B 0 0 0 .03 .014 .016; b 0 0 0 .012 .026 .016",
-    stack="B 0 0 0 .024 .024 .02; c 0 0 .03 .017 .01 0", corn="R 0 0 0 .02 .018 0; b -.026 0 0 .016 .02 .012",
-    bottle="C 0 0 0 .023 .026 0; c 0 0 .036 .011 .01 0")
-UNTURNED = ("can", "ball", "mushroom", "bottle", "pear", "drum", "lens", "stack")      # nobody could see their yaw
-KINDS = dict(B="box", S="sphere", R="capsule", C="cylinder", E="ellipsoid")            # MuJoCo's names
+class PushCube(Task):
+    """Push the cube of the named colour forward; moving another one is a failure."""
 
-# ---------------------------------------------------------------------------------------------------- robot and scenes
-# Franka Panda: kinematics and inertias of MuJoCo Menagerie / franka_ros (identified by Gaz et al. 2019). A row a link:
-# position in its parent [m], quarter turns about x, mass [kg], centre of mass [m], inertia xx yy zz xy xz yz [kg m2],
-# joint range [rad], looks: R rod, C can (from, to, radius), B box (centre, half sizes); capital = white, small = dark.
-LINKS = (
-    ("0 0 .333", 0, 4.970684, ".003875 .002081 -.04762", ".70337 .70661 .009117 -.000139 .006772 .019169",
-     "-2.8973 2.8973", "R 0 0 -.165 0 -.02 -.03 .056; R 0 -.0745 0 0 0 0 .055"),
-    ("0 0 0", -1, .646926, "-.003141 -.02872 .003495", ".007962 .02811 .025995 -.003925 .010254 .000704",
-     "-1.7628 1.7628", "R 0 0 0 0 0 .0745 .055; R 0 -.03 .02 0 -.165 0 .056"),
-    ("0 -.316 0", 1, 3.228604, ".027518 .039252 -.066502", ".037242 .036155 .01083 -.004761 -.011396 -.012805",
-     "-2.8973 2.8973", "R 0 0 -.09 .01 .01 -.01 .055; r .0825 0 0 .0825 .056 0 .055; R .02 .02 0 .0825 .04 0 .05"),
-    (".0825 0 0", 1, 3.587895, "-.05317 .104419 .027454", ".025853 .019552 .028323 .007796 -.001332 .008641",
-     "-3.0718 -.0698", "r 0 0 0 0 0 .056 .055; R -.02 .02 .03 -.0825 .06 0 .052; R -.0825 .03 0 -.0825 .069 0 .055"),
-    ("-.0825 .384 0", -1, 1.225946, "-.011953 .041065 -.038437", ".035549 .029474 .008627 -.002117 -.004037 .000229",
-     "-2.8973 2.8973", "R 0 0 -.22 0 .01 -.15 .054; R 0 .03 -.16 0 .075 -.02 .05; c 0 .05 0 0 .128 0 .05"),
-    ("0 0 0", 1, 1.666555, ".060149 -.014117 -.010517", ".001964 .004354 .005433 .000109 -.001158 .000341",
-     "-.0175 3.7525", "C 0 0 -.044 0 0 .056 .05; R .01 .01 .005 .088 .02 .005 .045; C .088 .0817 0 .088 -.0514 0 .044"),
-    (".088 0 0", 1, .735522, ".010517 -.004252 .061597", ".012516 .010027 .004815 -.000428 -.001196 -.000741",
-     "-2.8973 2.8973", "C 0 0 .052 0 0 .107 .044; r .02 .02 .08 .055 .055 .08 .025"))
-SERVO_KP = np.array([1000, 1000, 750, 750, 300, 300, 300, 1000, 1000])      # N m/rad; of the fingers N/m
-ARM_TORQUE = (87, 87, 87, 87, 12, 12, 12)              # N m, limits of the real joints
-TOOL_LENGTH = .107 + .1034                             # m from the last joint to the TCP between the pads
+    name = "push-cube"
+    instruction = "push the {colour} cube forward"
+    paraphrases = (
+        "move the {colour} block away from the robot", "push the {colour} block",
+        "the {colour} one goes forward", "shove {colour} to the front",
+        "the {colour} block must move")
+    friction = .6
+    START = np.array([[.42, -.015], [.46, .015]])  # m, [low, high] of x and y, within a lane
+    LANES = (-.12, 0., .12)        # m, y
+    YAW = .25                      # rad, largest yaw at the start
+    HALF = .028                    # m, half the edge of a cube
+    DISTANCE = .10                 # m that the named cube must move forward
+    WRONG = .03                    # m that no other cube may move
+    xml = f"""
+      <worldbody>
+        <replicate count="3" offset="0 1 0">  <!-- cube0, cube1, cube2 -->
+          <body name="cube" pos="0 0 .1">
+            <freejoint/>
+            <geom name="cube" type="box" size="{HALF} {HALF} {HALF}"/>
+          </body>
+        </replicate>
+      </worldbody>
+      <sensor>
+        <contact subtree1="hand" body2="cube0" data="found" num="1" reduce="netforce"/>
+        <contact subtree1="hand" body2="cube1" data="found" num="1" reduce="netforce"/>
+        <contact subtree1="hand" body2="cube2" data="found" num="1" reduce="netforce"/>
+      </sensor>"""
+
+    def place(self, env, scene, i, rng):
+        """Put three cubes of different colours in three lanes; the instruction names one."""
+        sampled = env.sampled[i]
+        colours = list(sampled.cubes)
+        sampled.colours = [colours[k] for k in rng.permutation(len(colours))[:3]]
+        sampled.named = rng.integers(3)
+        sampled.starts = np.zeros((3, 2))                  # m
+        for k, colour in enumerate(sampled.colours):
+            rgb = sample(rng, sampled.cubes[colour])
+            scene.set_geom(i, f"cube{k}", rgba=(*rgb, 1))
+            yaw = rng.uniform(-self.YAW, self.YAW)
+            xy = env.start_xy(rng, self.START) + (0, self.LANES[k])
+            sampled.starts[k] = xy
+            pose = *xy, self.HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+            first = FREE + 7 * k
+            scene.qpos[i, first:first + 7] = pose
+        env.instruction[i] = env.instruction[i].format(colour=sampled.colours[sampled.named])
+        env.goal[i] = *sampled.starts[sampled.named], self.HALF
+        env.goal[i, 0] += self.DISTANCE + .02
+
+    def measure(self, env, scene, rows):
+        """Success: the named cube is far enough forward, and the others are where they were."""
+        cubes = scene.qpos[rows, FREE:].reshape(-1, 3, 7)  # (n, 3, 7) xyz [m], quaternion
+        named = (np.arange(len(rows)), [env.sampled[i].named for i in rows])    # index of (n, 3)
+        moved = cubes[..., :2] - [env.sampled[i].starts for i in rows]          # (n, 3, 2) m
+        distance = np.linalg.norm(moved, axis=2)
+        distance[named] = 0                                # of the others only
+        env.object[rows] = cubes[named][:, :3]
+        env.touch[rows] = scene.sensor[rows][named] > 0
+        env.failure[rows] = distance.max(1) > self.WRONG
+        env.success[rows] = (moved[named][:, 0] > self.DISTANCE) & ~env.failure[rows]
+
+    def plan(self, env, i):
+        """Behind the cube from above, down, through it, up."""
+        return [
+            Waypoint("object", (-.075, 0, .10), CLOSE, tolerance=.012),
+            Waypoint("object", (-.075, 0, -.003), CLOSE, tolerance=.008),
+            Waypoint("object", (.08, 0, -.003), CLOSE, tolerance=0, steps=8, leash=.10),
+            Waypoint("tool", (0, 0, .12), CLOSE, tolerance=.03, steps=8)]
+
+    def wrong_instruction(self, env, i):
+        """Name another cube that is on the table."""
+        sampled = env.sampled[i]
+        return self.instruction.format(colour=sampled.colours[(sampled.named + 1) % 3])
 
 
-# Surfaces, each an MJCF class and a material with the colour of the parameter of its name (dark: fixed): contype.
-# Pads meet bits 1 and 2, loose objects bit 1. A solid drawer would be closed by random motions in 14 % of the episodes.
-SURFACES = dict(robot=0, dark=0, wall=0, dish=3, rim=3, cabinet=0, handle=2)
+class Drawer(Task):
+    """Open a drawer by its handle, or close it. The cabinet stands at the robot's right."""
 
-def geoms_xml(text, surfaces=("robot", "dark")):
-    """MJCF of the geoms in text, written as the looks of LINKS; surfaces = (of capital letters, of small ones)."""
-    geoms = ""
-    for kind, *n in map(str.split, text.split(";")):
-        where, size = ("pos", n[3:]) if kind in "bB" else ("fromto", n[6:])
-        geoms += (f'<geom class="{surfaces[kind.islower()]}" type="{KINDS[kind.upper()]}" '
-                  f'{where}="{" ".join(n[:-len(size)])}" size="{" ".join(size)}"/>')
-    return geoms
+    START = np.array([[.44, -.32], [.52, -.27]])  # m, [low, high] of the cabinet's x and y
+    START_OPEN = (.14, .19)        # m of travel before it is closed
+    OPEN_DISTANCE = .15            # m of travel, at least, to count as open
+    CLOSE_DISTANCE = .02           # m of travel, at most, to count as closed
+    HANDLE = np.array([0, .166, .055])  # m, of the closed drawer, from the cabinet
+    # Only the handle collides: random motions would close a solid drawer in 14 % of the episodes.
+    # Its plate is .065 m off the front: the open gripper needs .055 m on either side of it.
+    xml = """
+      <default>
+        <default class="cabinet">
+          <geom type="box" contype="0" conaffinity="0" material="cabinet"/>
+        </default>
+        <default class="handle">
+          <geom type="box" contype="2" conaffinity="0" material="handle"/>
+        </default>
+      </default>
+      <asset><material name="cabinet"/><material name="handle"/></asset>
+      <worldbody>
+        <body name="cabinet" mocap="true">  <!-- open towards +y -->
+          <geom class="cabinet" pos="0 0 .106" size=".1 .1 .004"/>
+          <geom class="cabinet" pos="0 0 .004" size=".1 .1 .004"/>
+          <geom class="cabinet" pos="-.096 0 .055" size=".004 .1 .047"/>
+          <geom class="cabinet" pos=".096 0 .055" size=".004 .1 .047"/>
+          <geom class="cabinet" pos="0 -.096 .055" size=".092 .004 .047"/>
+          <body name="drawer" pos="0 .1 .055">
+            <joint type="slide" axis="0 1 0" range="0 .2" armature=".05"/>
+            <geom class="cabinet" pos="0 0 0" size=".09 .005 .045"/>
+            <geom class="cabinet" pos="0 -.098 -.04" size=".086 .093 .004"/>
+            <geom class="cabinet" pos="-.086 -.098 -.015" size=".004 .093 .028"/>
+            <geom class="cabinet" pos=".086 -.098 -.015" size=".004 .093 .028"/>
+            <geom class="handle" pos="-.03 .032 0" size=".004 .032 .004"/>
+            <geom class="handle" pos=".03 .032 0" size=".004 .032 .004"/>
+            <geom class="handle" name="handle" pos="0 .066 0" size=".045 .005 .018"/>
+          </body>
+        </body>
+      </worldbody>
+      <sensor>
+        <contact subtree1="hand" body2="drawer" data="found" num="1" reduce="netforce"/>
+      </sensor>"""
 
-def panda_xml():
-    """MJCF of arm, hand and fingers, weight-compensated; only the finger pads collide. Joints 0-8 of every scene."""
-    arm = ('<body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1"><inertial pos="-.01 0 .03" '
-           'mass=".73" diaginertia=".001 .0025 .0017"/>'
-           + geoms_xml("B 0 0 .033 .0316 .102 .033; C 0 0 -.02 0 0 .01 .044"))
-    for side, quat in (("left", "1 0 0 0"), ("right", "0 0 0 1")):
-        arm += (f'<body name="{side}" pos="0 0 .0584" quat="{quat}" gravcomp="1">'
-                '<inertial pos="0 0 0" mass=".015" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
-                f'<joint name="{side}" type="slide" axis="0 1 0" range="-.001 .04" armature=".1"/>'
-                + geoms_xml("b 0 .0185 .011 .011 .0075 .01; b 0 .0145 .0270 .00875 .0045 .014")
-                + f'<geom name="pad_{side}" class="pad" pos="0 .0076 .0452" size=".0088 .0076 .00925"/></body>')
-    arm += "</body>"
-    for k, (pos, tilt, mass, com, inertia, limits, looks) in reversed(list(enumerate(LINKS))):
-        arm = (f'<body name="link{k}" pos="{pos}" quat="1 {tilt} 0 0" gravcomp="1"><inertial pos="{com}" mass="{mass}" '
-               f'fullinertia="{inertia}"/><joint name="joint{k}" range="{limits}" armature=".1" damping="1"/>'
-               f'{geoms_xml(looks)}{arm}</body>')
-    return geoms_xml("B -.045 0 .035 .09 .08 .035; C 0 0 0 0 0 .14 .07") + arm
+    def __init__(self, name, opens, instruction, wrong, paraphrases):
+        self.name = name
+        self.opens = opens
+        self.instruction = instruction
+        self.wrong = wrong
+        self.paraphrases = paraphrases
 
-# What stands on the table: MJCF of its bodies; contact sensors. The handle plate is .065 m off the drawer's front, as
-# the open gripper needs .055 m on either side of it.
-SCENES = {
-    # a free object of two interchangeable parts; a dish: a floor and eight walls
-    "pick": (f"""<body name="object" pos="0 0 .1"><freejoint/>
-        <replicate count="2"><geom name="part" type="box" size=".02 .02 .02" condim="4"/></replicate></body>
-        <body name="dish" mocap="true"><geom class="dish" type="cylinder" size=".062 .004" pos="0 0 .004"/>
-        <frame euler="0 0 {np.pi / 8}"><replicate count="8" euler="0 0 {np.pi / 4}">
-        <geom class="rim" type="box" pos=".062 0 .01" size=".004 .0265 .01"/></replicate></frame></body>""",
-        [f'geom1="pad_{side}" body2="object" data="force"' for side in ("left", "right")]),
-    # three free cubes, cube0 to cube2
-    "push": (f"""<replicate count="3" offset="0 1 0"><body name="cube" pos="0 0 .1"><freejoint/><geom name="cube"
-        type="box" size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"/></body></replicate>""",
-        [f'subtree1="hand" body2="cube{k}" data="found"' for k in range(3)]),
-    # a cabinet that is open towards +y; a drawer with a handle plate on two pegs
-    "drawer": ('<body name="cabinet" mocap="true">'
-        + geoms_xml("B 0 0 .106 .1 .1 .004; B 0 0 .004 .1 .1 .004; B -.096 0 .055 .004 .1 .047;"
-                    "B .096 0 .055 .004 .1 .047; B 0 -.096 .055 .092 .004 .047", ("cabinet", "handle"))
-        + '<body name="drawer" pos="0 .1 .055"><joint type="slide" axis="0 1 0" range="0 .2" armature=".05"/>'
-        + geoms_xml("B 0 0 0 .09 .005 .045; B 0 -.098 -.04 .086 .093 .004; B -.086 -.098 -.015 .004 .093 .028;"
-                    "B .086 -.098 -.015 .004 .093 .028; b -.03 .032 0 .004 .032 .004; b .03 .032 0 .004 .032 .004",
-                    ("cabinet", "handle"))
-        + '<geom name="handle" class="handle" type="box" pos="0 .066 0" size=".045 .005 .018"/></body></body>',
-        ['subtree1="hand" body2="drawer" data="found"'])}
+    def handle(self, env, scene, rows, travel):
+        """Return the handle's position (n, 3) [m] in environments rows at travel (n,) [m]."""
+        side = np.array([env.sampled[i].side for i in rows])
+        position = scene.mocap_pos[rows, 1] + (self.HANDLE[0], 0, self.HANDLE[2])
+        position[:, 1] += side * (self.HANDLE[1] + travel)
+        return position
 
-# One quad, few slices, no multi-sampling, no shadow maps: software OpenGL pays for triangles, not for pixels.
-FAST = '<quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/><headlight active="0"/>'
+    def place(self, env, scene, i, rng):
+        """Put the cabinet down; mirrored (side -1): at the robot's left, turned by half a turn."""
+        sampled = env.sampled[i]
+        scene.paint(i, "cabinet", sampled.cabinet)
+        scene.paint(i, "handle", sampled.handle)
+        size = scene.model.geom("handle").size * (sampled.handle_scale, 1, sampled.handle_scale)
+        scene.set_geom(i, "handle", size=size)
+        scene.field("jnt_range")[i, FREE, 1] = sampled.stroke
+        scene.field("dof_frictionloss")[i, FREE] = sampled.drawer_friction
+        scene.field("dof_damping")[i, FREE] = sampled.drawer_damping
+        x, y = env.start_xy(rng, self.START)
+        scene.mocap_pos[i, 1, :2] = x, LOOK_AT[1] + sampled.side * (y - LOOK_AT[1])
+        scene.mocap_quat[i, 1] = (1, 0, 0, 0) if sampled.side == 1 else (0, 0, 0, 1)
+        if self.opens:
+            goal = sampled.stroke
+        else:
+            goal = 0.
+            scene.qpos[i, FREE] = rng.uniform(*self.START_OPEN)
+        env.goal[i] = self.handle(env, scene, [i], goal)[0]
 
-def scene_xml(scene, image_size):
-    """Complete MJCF of the scene "pick", "push" or "drawer"."""
-    (bodies, sensors), pixels = SCENES[scene], max(image_size, 8)
-    textures = "".join(
-        f'<texture name="{name}" type="2d" builtin="{builtin}" rgb1="1 1 1" rgb2="{rgb}" mark="random" markrgb="{rgb}" '
-        f'random="{density}" width="{size}" height="{size}"/><material name="{name}" texture="{name}" texrepeat="6 6"/>'
-        for name, builtin, rgb, density, size in (
-            ("wood", "flat", ".82 .72 .62", .25, 64), ("slate", "flat", ".55 .62 .62", .12, 48),
-            ("dots", "flat", ".55 .55 .55", .03, 24), ("tiles", "checker", ".75 .75 .75", 0, 16),
-            ("stains", "flat", ".5 .5 .5", .005, 12), ("plain", "flat", "1 1 1", 0, 8)))
-    materials = "".join(f'<material name="{name}" rgba=".18 .18 .20 1"/>' for name in SURFACES)
-    classes = "".join(f'<default class="{name}"><geom material="{name}" contype="{contype}" conaffinity="0"/></default>'
-                      for name, contype in SURFACES.items())
-    sensors = "".join(f'<contact {what} num="1" reduce="netforce"/>' for what in sensors)
-    clutter = "".join(f'<geom class="wall" group="3" type="box" rgba="{rgb} 1" {box}/>' for rgb, box in (
-        (".2 .22 .3", 'pos="-.25 .45 .15" size=".08 .1 .15"'), (".25 .18 .15", 'pos="-.35 -.35 .22" size=".1 .08 .22"'),
-        (".35 .3 .1", 'pos="-.02 -.42 .05" size=".06 .05 .05"'), (".08 .45 .2", 'pos=".1 .46 0" size=".16 .12 .002"')))
-    servos = "".join(f'<position joint="{joint}" kp="1" kv="1" forcerange="-1 1"/>'     # gains: VecEnv.apply
-                     for joint in [f"joint{k}" for k in range(7)] + ["left", "right"])
-    return f"""<mujoco><compiler angle="radian" autolimits="true"/><statistic extent="1" center=".4 0 .2"/>
-  <option timestep="{PHYSICS_DT}" integrator="implicitfast" cone="elliptic" impratio="10"><flag midphase="disable"/>
-  </option><visual><global offwidth="{pixels}" offheight="{pixels}"/><map znear=".05" zfar="8"/>{FAST}</visual>
-  <default>{classes}<default class="pad"><geom type="box" conaffinity="3" condim="4" friction="1 .005 .0001"
-    solref=".01 1" solimp=".95 .99 .001" rgba=".25 .25 .27 1"/></default></default>
-  <asset>{textures}{materials}</asset>
+    def measure(self, env, scene, rows):
+        """Success: the drawer has travelled far enough."""
+        travel = scene.qpos[rows, FREE]                    # (n,) m
+        env.object[rows] = self.handle(env, scene, rows, travel)
+        env.touch[rows] = scene.sensor[rows, 0] > 0
+        if self.opens:
+            env.success[rows] = travel > self.OPEN_DISTANCE
+        else:
+            env.success[rows] = travel < self.CLOSE_DISTANCE
+
+    def plan(self, env, i):
+        """Open: above the handle, astride it, grasp, pull. Close: down in front of it, push."""
+        side = env.sampled[i].side
+        if self.opens:
+            return [
+                Waypoint("object", (0, 0, .10), OPEN, tolerance=.012),
+                Waypoint("object", (0, 0, .003), OPEN, tolerance=.006),
+                Waypoint("goal", (0, .01 * side, .003), CLOSE, tolerance=.01, steps=12, leash=.05),
+                Waypoint("tool", (0, 0, .12), OPEN, tolerance=.03, steps=8)]
+        return [
+            Waypoint("object", (0, .05 * side, .10), CLOSE, tolerance=.015),
+            Waypoint("object", (0, .05 * side, 0), CLOSE, tolerance=.01),
+            Waypoint("goal", (0, -.03 * side, 0), CLOSE, tolerance=.01, steps=12),
+            Waypoint("tool", (0, .03 * side, .10), CLOSE, tolerance=.03, steps=8)]
+
+
+TASKS = {}                             # name: Task
+
+
+def register(task):
+    """Add a task to TASKS, so that every script knows it by its name."""
+    TASKS[task.name] = task
+
+
+register(PickPlace())
+register(PushCube())
+register(Drawer(
+    "open-drawer", opens=True, instruction="open the drawer", wrong="close the drawer",
+    paraphrases=("pull the drawer open", "slide the drawer out", "it must be open", "open it",
+                 "pull the handle")))
+register(Drawer(
+    "close-drawer", opens=False, instruction="close the drawer", wrong="open the drawer",
+    paraphrases=("push the drawer shut", "slide the drawer in", "it must be closed", "close it",
+                 "push the handle")))
+
+
+# ---- domains -------------------------------------------------------------------------------
+class Uniform(NamedTuple):
+    """A number that each episode draws from [low, high)."""
+
+    low: float
+    high: float
+
+
+class Choice:
+    """One of the options, which each episode draws; an option may be a distribution itself."""
+
+    def __init__(self, *options):
+        self.options = options
+
+
+def sample(rng, value):
+    """Draw from a Uniform or a Choice; any other value is fixed."""
+    if isinstance(value, Uniform):
+        return rng.uniform(value.low, value.high)
+    if isinstance(value, Choice):
+        return sample(rng, value.options[rng.integers(len(value.options))])
+    return value
+
+
+def colour(sim, real, low=0., apart=.25):
+    """Return a colour's distributions. Colours are RGB in 0-1, or a Choice of such.
+
+    pretrain: 100 fixed random colours with channels from low to 1, each farther than `apart` (in
+    RGB) from every colour of sim and real.
+    """
+    known = []
+    for value in (sim, real):
+        known += value.options if isinstance(value, Choice) else [value]
+    candidates = np.random.default_rng(0).uniform(low, 1, (1000, 3)).round(2)
+    distance = np.linalg.norm(candidates[:, None] - np.array(known), axis=2).min(1)
+    others = candidates[distance > apart][:100].tolist()
+    return dict(sim=sim, real=real, pretrain=Choice(*map(tuple, others)))
+
+
+# `real` is one laboratory: fixed offsets from the twin, with a small jitter.
+VISUAL = dict(
+    texture=dict(sim="wood", real="slate", pretrain=Choice("dots", "tiles", "stains", "plain")),
+    table=colour(sim=(.62, .47, .36), real=(.10, .42, .40)),
+    wall=colour(sim=(.72, .72, .72), real=(.16, .16, .19)),
+    robot=colour(sim=(.95, .95, .95), real=(.88, .87, .82), low=.6, apart=.1),
+    # boxes and a cloth around the table
+    clutter=dict(sim=False, real=True, pretrain=Choice(False, True)),
+    # light, of full white; light_side 0 = from above; shadow = opacity
+    ambient=dict(sim=.45, real=Uniform(.30, .36), pretrain=Uniform(.20, .60)),
+    diffuse=dict(sim=.55, real=Uniform(.55, .70), pretrain=Uniform(.35, .80)),
+    light_side=dict(sim=0., real=Uniform(.6, .8), pretrain=Uniform(-1., 1.)),
+    shadow=dict(sim=0., real=Uniform(.25, .35), pretrain=Uniform(0., .45)),
+    # camera: deg from +x about LOOK_AT, deg, deg, m, m (of LOOK_AT's x, y and z)
+    azimuth=dict(
+        sim=22., real=Uniform(24.5, 25.5), pretrain=Choice(Uniform(2., 18.), Uniform(29., 44.))),
+    elevation=dict(sim=39., real=Uniform(36.5, 37.5), pretrain=Uniform(30., 46.)),
+    fovy=dict(sim=29.5, real=Uniform(30.5, 31.), pretrain=Uniform(28., 33.)),
+    distance=dict(sim=.90, real=Uniform(.92, .93), pretrain=Uniform(.84, 1.05)),
+    shift=dict(sim=0., real=Uniform(.008, .012), pretrain=Uniform(-.02, .02)),
+    # tone curve; tint > 0 = warm: red up, blue down
+    gain=dict(sim=1., real=Uniform(.85, 1.15), pretrain=Uniform(.75, 1.25)),
+    gamma=dict(sim=1., real=Uniform(.9, 1.1), pretrain=Uniform(.8, 1.25)),
+    tint=dict(sim=0., real=Uniform(-.08, .08), pretrain=Uniform(-.12, .12)),
+    # sensor: sigma of 255; blur over 3 x 3 pixels; probability that an image is the one before
+    noise=dict(sim=0, real=4, pretrain=Choice(0, 3)),
+    blur=dict(sim=False, real=True, pretrain=False),
+    stale=dict(sim=0., real=.1, pretrain=0.))
+DYNAMICS = dict(
+    # servos: factor on SERVO_KP; kv / kp [s]
+    stiffness=dict(sim=1., real=Uniform(.45, .55), pretrain=Uniform(.6, 1.2)),
+    damping=dict(sim=.05, real=.08, pretrain=.05),
+    # executed / commanded motion; delay of the servos [s]
+    action_scale=dict(sim=1., real=Uniform(.87, .93), pretrain=Uniform(.9, 1.1)),
+    latency=dict(sim=0., real=Uniform(.025, .075), pretrain=Uniform(0., .05)),
+    # fingers: N s/m; N
+    finger_damping=dict(sim=100., real=150., pretrain=100.),
+    finger_force=dict(sim=40., real=25., pretrain=40.),
+    # loose bodies: kg; friction coefficient, see Task.friction
+    mass=dict(sim=.05, real=Uniform(.10, .14), pretrain=Uniform(.04, .15)),
+    friction=dict(sim=1., real=Uniform(.6, .7), pretrain=Uniform(.7, 1.2)),
+    # drawer: N; N s/m
+    drawer_friction=dict(sim=1., real=Uniform(2.5, 5.), pretrain=Uniform(1., 4.)),
+    drawer_damping=dict(sim=5., real=Uniform(12., 25.), pretrain=Uniform(4., 20.)),
+    # the arm starts off HOME by at most this: rad a joint; m
+    start_joints=dict(sim=.02, real=.05, pretrain=.05),
+    start_tcp=dict(sim=0., real=.02, pretrain=.03))
+OBJECTS = dict(
+    shape=dict(
+        sim=Choice(*"cube brick can ball egg carrot mushroom bottle".split()),
+        real=Choice(*"cube can ball carrot pear corn eggplant sponge".split()),
+        pretrain=Choice(*"block drum pill lens tee stack".split())),
+    colour=colour(
+        sim=Choice((.90, .45, .12), (.85, .15, .12), (.55, .35, .75), (.15, .35, .75)),
+        real=Choice((.88, .15, .28), (.62, .32, .78), (.98, .80, .22), (.98, .60, .48))),
+    accent=dict(
+        sim=Choice((.20, .55, .15), (.95, .90, .75)),
+        real=Choice((.35, .65, .25), (.90, .90, .60)),
+        pretrain=Choice((0., 0., 0.), (.3, .7, .6))),
+    scale=dict(sim=1., real=Uniform(.95, 1.05), pretrain=Uniform(.9, 1.15)),
+    # half the height of the dish's wall [m]: a plate, a bowl
+    dish_wall=dict(sim=.006, real=Uniform(.014, .016), pretrain=Uniform(.005, .017)),
+    dish=colour(sim=(.62, .80, .20), real=(.92, .93, .95)),
+    cubes=dict(
+        sim=dict(
+            pink=(.95, .45, .65), blue=(.10, .30, .85), yellow=(.95, .80, .10),
+            green=(.10, .65, .25), orange=(.95, .45, .05)),
+        real=dict(purple=(.45, .20, .65), yellow=(.90, .72, .20), pink=(.90, .50, .62)),
+        pretrain=dict(                 # the eleven basic colour words, in other shades
+            red=Choice((.95, .15, .12), (.58, .02, .04)),
+            green=Choice((.05, .40, .10), (.30, .90, .15)),
+            blue=Choice((.05, .14, .55), (.25, .50, 1.)),
+            yellow=Choice((1., .95, .40), (.80, .74, .02)),
+            orange=Choice((1., .60, .25), (.80, .32, .02)),
+            purple=Choice((.30, .05, .45), (.60, .35, .85)),
+            pink=Choice((1., .66, .80), (.85, .30, .50)),
+            brown=Choice((.54, .34, .22), (.28, .12, .03)),
+            white=Choice((.85, .85, .80), (.78, .86, .92)),
+            black=Choice((.18, .16, .18), (0., 0., 0.)),
+            grey=Choice((.40, .42, .44), (.62, .60, .58)))),
+    cabinet=colour(sim=(.93, .93, .90), real=(.85, .88, .92)),
+    handle=colour(sim=(.08, .08, .08), real=(.16, .14, .13)),
+    # factor on the size of its plate; m of drawer travel; 1: it opens to +y, -1: mirrored, to -y
+    handle_scale=dict(sim=1., real=.9, pretrain=Uniform(.85, 1.15)),
+    stroke=dict(sim=.20, real=Uniform(.19, .21), pretrain=Uniform(.19, .21)),
+    side=dict(sim=1, real=1, pretrain=-1))
+PARAMETERS = VISUAL | DYNAMICS | OBJECTS
+
+# randomise="visual" draws the appearance as `pretrain` does, and objects of any colour. But its
+# camera stays as near to the twin's as careful measuring brings it: the cameras of `pretrain` are
+# too different for a policy that Stage I has trained on the twin's.
+RANDOMISED = dict(visual=[*VISUAL, "colour", "dish", "cabinet"], dynamics=[*DYNAMICS])
+NEAR_CAMERA = dict(
+    azimuth=Uniform(16., 28.), elevation=Uniform(33., 45.), fovy=Uniform(27., 32.),
+    distance=Uniform(.84, .96), shift=Uniform(-.02, .02))
+UNSEEN_OBJECTS = dict(
+    shape=Choice("pot", "cross", "dumbbell", "house"), cabinet=(.42, .56, .74),
+    handle=(.75, .12, .10), handle_scale=.75)
+UNSEEN_CUBES = dict(
+    sim=dict(white=(.95, .95, .95), black=(.08, .08, .08), brown=(.40, .22, .10)),
+    real=dict(orange=(.90, .42, .15), green=(.45, .75, .40), red=(.75, .12, .12)))
+
+
+def distributions(domain, variant, randomise):
+    """Return {parameter: distribution} of what the episodes of a domain and variant draw."""
+    chosen = {name: values[domain] for name, values in PARAMETERS.items()}
+    for part in randomise:
+        chosen |= {name: PARAMETERS[name]["pretrain"] for name in RANDOMISED[part]}
+    if "visual" in randomise and domain != "pretrain":
+        chosen |= NEAR_CAMERA
+    if variant == "unseen-objects":
+        chosen |= UNSEEN_OBJECTS
+        chosen["cubes"] = UNSEEN_CUBES[domain]
+    return chosen
+
+
+# ---- the contract --------------------------------------------------------------------------
+class Env(Protocol):
+    """What Stage II and evaluation need of N environments that step together; see check_env().
+
+    obs       images (N, H, W, 3) uint8; instructions, a list of N strings; and, if there are any,
+              state (N, S) float32 and privileged (N, P) float32. Arrays are never overwritten.
+    episodes  environment i starts with episode first_episode + i; a number stands for one scene.
+    step      plays chunks (N, K, 7). Returns obs; reward (N,) float32, summed over the chunk;
+              terminated (N,) bool: success, failure or a diverged simulation, so that there is no
+              future value; truncated (N,) bool: time limit only; and info:
+              success, failure, touched, diverged (N,) bool; episode, length [control steps] (N,)
+              int; ended (M,) int, the environments whose episode ended; final_obs, their last
+              observations (M rows), or None. What ends skips the rest of the chunk and starts its
+              next episode by itself: obs is then of the new one.
+    """
+
+    num_envs: int
+    tasks: list
+
+    def reset(self, first_episode=None):
+        """Start over; return the first obs."""
+
+    def step(self, actions):
+        """Return obs, reward, terminated, truncated, info."""
+
+
+class Problems(list):
+    """Collects a user's mistakes, so that one message names all of them: what, got, need, try."""
+
+    def need(self, ok, what, got, need, remedy):
+        """Note a problem unless ok."""
+        if not ok:
+            self.append(f"{what}: got {got}; need {need}; try {remedy}")
+
+    def stop(self):
+        """Raise one ValueError with all problems, if there are any."""
+        if self:
+            raise ValueError("\n".join(self))
+
+
+def check_env(env, steps=100):
+    """Compare an environment with Env. It rests until an episode ends, for at most `steps` steps.
+
+    Raises one ValueError with everything that is wrong.
+    """
+    problems = Problems()
+
+    def expect(what, got, want):
+        problems.need(got == want, what, got, want, "help(envs.Env)")
+
+    def kind(value):
+        return f"{np.asarray(value).dtype} {np.shape(value)}"
+
+    def check_obs(what, obs, rows):
+        size = np.shape(obs.get("images"))[1:3]
+        expect(f"{what} images", kind(obs.get("images")), f"uint8 {(rows, *size, 3)}")
+        expect(f"{what} instructions", len(obs.get("instructions", ())), rows)
+        for name in {"state", "privileged"} & set(obs):
+            width = np.shape(obs[name])[-1]
+            expect(f"{what} {name}", kind(obs[name]), f"float32 {(rows, width)}")
+
+    for name in ("num_envs", "tasks", "reset", "step"):
+        expect(f"env has {name}", hasattr(env, name), True)
+    problems.stop()
+    n = env.num_envs
+    obs = env.reset(first_episode=3)
+    check_obs("reset():", obs, n)
+    problems.stop()
+    before = obs["images"].copy()
+    for _ in range(steps):
+        new, reward, terminated, truncated, info = env.step(np.zeros((n, 1, 7)))
+        if np.any(terminated) or np.any(truncated):
+            break
+    expect("images overwritten by a later step", not np.array_equal(obs["images"], before), False)
+    check_obs("step():", new, n)
+    got = info | dict(reward=reward, terminated=terminated, truncated=truncated)
+    flags = ("terminated", "truncated", "success", "failure", "touched", "diverged")
+    wanted = dict.fromkeys(flags, "bool") | dict(reward="float32", episode="int64", length="int64")
+    for name, dtype in wanted.items():
+        expect(f"step(): {name}", kind(got.get(name)), f"{dtype} ({n},)")
+    problems.stop()
+    expect("terminated and truncated at once", (terminated & truncated).any(), False)
+    ended = np.flatnonzero(terminated | truncated)
+    expect("step(): ended", list(info.get("ended")), list(ended))
+    if len(ended):
+        check_obs("step(): final_obs", info.get("final_obs") or {}, len(ended))
+        expect("step(): episode", list(info["episode"][ended]), list(3 + ended))
+    again = env.reset(first_episode=3)["images"]
+    expect("reset(first_episode=3) twice is the same", np.array_equal(again, before), True)
+    problems.stop()
+
+
+def make_env(task, domain="sim", num_envs=1, seed=0, image_size=64, **options):
+    """Return the environments of a task in TASKS, or of "all": the one place that makes them."""
+    return VecEnv(task, domain, num_envs, seed, image_size, **options)
+
+
+# ---- environments --------------------------------------------------------------------------
+class VecEnv:
+    """N environments of one task, stepped together; Env is the contract.
+
+    task            a name in TASKS; "all": every episode draws its task
+    domain          one of DOMAINS
+    num_envs        N
+    seed            which sequence of episodes
+    image_size      pixels (H = W), 8 to 512; 0 = no images and no OpenGL
+    variant         "unseen-objects": held-out shapes and colours; "unseen-states": held-out starts;
+                    neither exists in `pretrain`
+    randomise       which of RANDOMISE are drawn as in `pretrain`, but for the camera (NEAR_CAMERA)
+    first_episode, episode_stride, group
+                    environment i starts with episode first_episode + (i // group) * episode_stride;
+                    the `group` environments that share it share the later ones, too (for GRPO)
+    auto_reset      False: an environment whose episode has ended stays as it is, ignores actions,
+                    and is not rendered again until reset() (for evaluation)
+    """
+
+    def __init__(self, task, domain, num_envs, seed, image_size, variant="seen", randomise=(),
+                 first_episode=0, episode_stride=1, group=1, auto_reset=True):
+        problems = Problems()
+        variants = VARIANTS[:1] if domain == "pretrain" else VARIANTS
+        for name, got, known in (("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS),
+                                 ("variant", variant, variants)):
+            problems.need(got in known, name, repr(got), f"one of {', '.join(known)}", known[0])
+        unknown = set(randomise) - set(RANDOMISE)
+        problems.need(not unknown, "randomise", unknown, f"some of {', '.join(RANDOMISE)}", "()")
+        fits = image_size == 0 or 8 <= image_size <= 512
+        problems.need(fits, "image_size", image_size, "0, or 8 to 512 pixels", 64)
+        divides = num_envs > 0 and group > 0 and num_envs % group == 0
+        problems.need(divides, "num_envs", num_envs, f"a multiple of group = {group}", group)
+        problems.stop()
+        self.num_envs = num_envs
+        self.seed = seed
+        self.domain = domain
+        self.image_size = image_size
+        self.first_episode = first_episode
+        self.episode_stride = episode_stride
+        self.group = group
+        self.auto_reset = auto_reset
+        self.unseen_states = variant == "unseen-states"
+        self.distributions = distributions(domain, variant, randomise)
+        self.tasks = list(TASKS) if task == "all" else [task]
+        self.known_tasks = np.array(list(TASKS))
+        self.privileged_size = 11 + len(TASKS)
+        self.scenes = {name: Scene(TASKS[name], num_envs, image_size) for name in self.tasks}
+        self.allocate(num_envs)
+
+    def allocate(self, n):
+        """Make the arrays with a row for each environment."""
+        # The present episode:
+        self.task = np.full(n, None)               # name
+        self.instruction = np.full(n, None)
+        self.sampled = np.full(n, None)            # its parameters, and what the task notes
+        self.camera = np.full(n, None)             # Camera
+        self.expert_rng = np.full(n, None)         # of the demonstrator's imperfections
+        self.episode = np.zeros(n, int)            # number
+        self.horizon = np.zeros(n, int)            # control steps
+        self.steps = np.zeros(n, int)              # control steps so far
+        self.touched = np.zeros(n, bool)           # so far
+        self.succeeded = np.zeros(n, bool)
+        self.diverged = np.zeros(n, bool)
+        self.over = np.zeros(n, bool)              # it has ended, and there is no auto_reset
+        # Measured after each control step:
+        self.tcp = np.zeros((n, 3))                # m
+        self.frame = np.zeros((n, 3, 3))           # rotation of the tool
+        self.object = np.zeros((n, 3))             # m; the object, the named cube, the handle
+        self.object_yaw = np.zeros(n)              # rad
+        self.goal = np.zeros((n, 3))               # m; where the object should be
+        self.opening = np.zeros(n)                 # m between the pads
+        self.finger_speed = np.zeros(n)            # m/s
+        self.touch = np.zeros(n, bool)             # now
+        self.success = np.zeros(n, bool)
+        self.failure = np.zeros(n, bool)
+        # The controller:
+        self.scale = np.ones(n)                    # executed / commanded motion
+        self.latency = np.zeros(n, int)            # blocks of 25 ms
+        self.target = np.zeros((n, 3))             # m; commanded TCP
+        self.target_frame = np.zeros((n, 3, 3))
+        self.joints = np.zeros((3, n, 7))          # rad; set-points of this control step,
+        self.grip = np.zeros((3, n, 1))            # ... m; of the last, and the one before
+        self.images = np.zeros((n, self.image_size, self.image_size, 3), np.uint8)
+
+    def reset(self, first_episode=None):
+        """Start over, by default with the constructor's first_episode; return observe() of all."""
+        self.next_episode = self.first_episode if first_episode is None else first_episode
+        self.numbers = [[] for _ in range(self.num_envs // self.group)]  # episodes of each group
+        self.restarts = np.zeros(self.num_envs, int)
+        everyone = np.arange(self.num_envs)
+        self.begin_episodes(everyone)
+        return self.observe(everyone)
+
+    def begin_episodes(self, ids):
+        """Put environments ids (n,) into their next scenes; the others stay as they are.
+
+        The arms start near HOME, grippers open, controller targets where the tools really are.
+        """
+        for i in ids:
+            self.arrange(i)
+        sampled = self.sampled[ids]
+        reach = UNSEEN_BAND if self.unseen_states else 0.
+        start_joints = np.array([one.start_joints * one.arm[:7] for one in sampled])  # rad
+        start_tcp = np.array([(one.start_tcp + reach) * one.arm[7:] for one in sampled])  # m
+        tcp, frame, _ = forward_kinematics(HOME + start_joints)
+        tcp = np.clip(tcp + start_tcp, *WORKSPACE)
+        joints = inverse_kinematics(HOME + start_joints, tcp, frame)
+        self.target[ids], self.target_frame[ids], _ = forward_kinematics(joints)
+        self.joints[:, ids] = joints
+        self.grip[:, ids] = FINGER_OPEN
+        for scene, rows in self.members(ids):
+            for state in (scene.qpos, scene.ctrl):
+                state[rows, :7] = self.joints[0, rows]
+                state[rows, 7:9] = FINGER_OPEN
+            scene.update(rows)
+        self.measure(ids)
+
+    def arrange(self, i):
+        """Draw the next episode of environment i and write its scene."""
+        numbers = self.numbers[i // self.group]
+        if self.restarts[i] == len(numbers):       # the first of its group to get there
+            numbers.append(self.next_episode)
+            self.next_episode += self.episode_stride
+        self.episode[i] = numbers[self.restarts[i]]
+        self.restarts[i] += 1
+        # A stream for each part: a change in one leaves what the others draw as it is.
+        key = [self.seed, DOMAINS.index(self.domain), self.episode[i]]
+        streams = [np.random.default_rng([*key, stream]) for stream in range(5)]
+        layout, visual, dynamics, objects, self.expert_rng[i] = streams
+        self.task[i] = sample(layout, Choice(*self.tasks))
+        task = TASKS[self.task[i]]
+        wordings = [task.instruction]
+        if self.domain == "pretrain" and task.paraphrases:
+            wordings = task.paraphrases
+        self.instruction[i] = sample(layout, Choice(*wordings))
+        self.horizon[i] = task.horizon
+        self.steps[i] = 0
+        for flag in (self.touched, self.succeeded, self.failure, self.diverged, self.over):
+            flag[i] = False
+        sampled = types.SimpleNamespace()
+        for rng, part in ((visual, VISUAL), (dynamics, DYNAMICS), (objects, OBJECTS)):
+            for name in part:
+                setattr(sampled, name, sample(rng, self.distributions[name]))
+        sampled.repeats = visual.random(task.horizon + 1) < sampled.stale  # image t is t - 1
+        sampled.noise_seed = visual.integers(1 << 20)
+        sampled.arm = dynamics.uniform(-1, 1, 10)  # how far off HOME: 7 joints, xyz
+        self.sampled[i] = sampled
+        self.scale[i] = sampled.action_scale
+        self.latency[i] = round(sampled.latency / (BLOCK_STEPS * PHYSICS_DT))
+        scene = self.scenes[task.name]
+        scene.batch.reset([i], stage=0)
+        self.camera[i] = scene.set_appearance(i, sampled)
+        scene.set_dynamics(i, sampled)
+        task.place(self, scene, i, layout)
+
+    def start_xy(self, rng, box):
+        """Draw a start (2,) [m] from a box [low, high], or from the band around it (unseen)."""
+        low, high = box
+        if not self.unseen_states:
+            return rng.uniform(low, high)
+        while True:
+            xy = rng.uniform(low - UNSEEN_BAND, high + UNSEEN_BAND)
+            if (xy < low).any() or (xy > high).any():
+                return xy
+
+    def step(self, actions):
+        """Play chunks of actions (N, K, 7), see Env. Actions beyond ACTION_LIMIT are clipped.
+
+        Raises ValueError for a wrong shape, or non-finite actions, naming the environments.
+        """
+        n = self.num_envs
+        actions = np.asarray(actions, np.float64)
+        if actions.ndim != 3 or actions.shape[::2] != (n, 7) or not actions.size:
+            raise ValueError(f"actions: got shape {actions.shape}; need ({n}, K >= 1, 7); try "
+                             "actions[:, None] for one step of dx dy dz droll dpitch dyaw gripper")
+        bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
+        if len(bad):
+            raise ValueError(f"actions: got non-finite ones in environments {bad.tolist()}; need "
+                             "metres, radians, gripper in [-1, 1]; try np.isfinite before step()")
+        reward = np.zeros(n)
+        terminated = np.zeros(n, bool)
+        truncated = np.zeros(n, bool)
+        for action in actions.swapaxes(0, 1):                      # (N, 7)
+            ids = np.flatnonzero(~(terminated | truncated | self.over))
+            self.advance(ids, np.clip(action[ids], -ACTION_LIMIT, ACTION_LIMIT))
+            self.steps[ids] += 1
+            self.measure(ids)
+            reward[ids] += self.events(ids)
+            terminated[ids] = (self.succeeded | self.failure | self.diverged)[ids]
+            truncated[ids] = (self.steps >= self.horizon)[ids] & ~terminated[ids]
+        ended = np.flatnonzero(terminated | truncated)
+        info = dict(
+            success=self.succeeded.copy(), failure=self.failure.copy(), touched=self.touched.copy(),
+            diverged=self.diverged.copy(), episode=self.episode.copy(), length=self.steps.copy(),
+            ended=ended, final_obs=None)
+        if len(ended):
+            info["final_obs"] = self.observe(ended)
+            if self.auto_reset:
+                self.begin_episodes(ended)
+            else:
+                self.over[ended] = True
+        obs = self.observe(np.arange(n))
+        return obs, reward.astype(np.float32), terminated, truncated, info
+
+    def members(self, ids):
+        """Yield (scene, rows): each scene with those of the environments ids (n,) in it."""
+        for name, scene in self.scenes.items():
+            rows = ids[self.task[ids] == name]
+            if len(rows):
+                yield scene, rows
+
+    def advance(self, ids, action):
+        """Simulate 0.2 s: move targets, solve for joints, feed set-points in blocks of 25 ms."""
+        delta = action[:, :6] * self.scale[ids, None]
+        self.target[ids] = np.clip(self.target[ids] + delta[:, :3], *WORKSPACE)
+        turn = rotation(2, delta[:, 5]) @ rotation(1, delta[:, 4]) @ rotation(0, delta[:, 3])
+        self.target_frame[ids] = turn @ self.target_frame[ids]
+        self.joints[1:, ids] = self.joints[:2, ids]
+        self.grip[1:, ids] = self.grip[:2, ids]
+        self.joints[0, ids] = inverse_kinematics(
+            self.joints[1, ids], self.target[ids], self.target_frame[ids])
+        self.grip[0, ids] = FINGER_CLOSED + (action[:, 6:] + 1) / 2 * (FINGER_OPEN - FINGER_CLOSED)
+        now, last, older = self.joints                             # (N, 7) each
+        groups = list(self.members(ids))
+        for block in range(BLOCKS):
+            # Progress through this step's set-points; negative while a delayed robot is still on
+            # its way to the last step's.
+            s = ((block + 1 - self.latency) / BLOCKS)[:, None]     # (N, 1)
+            q = last + np.clip(s, 0, 1) * (now - last) + np.clip(-s, 0, 1) * (older - last)
+            grip = np.where(s > 0, self.grip[0], self.grip[1])     # (N, 1)
+            for scene, rows in groups:
+                scene.ctrl[rows, :7] = q[rows]
+                scene.ctrl[rows, 7:9] = grip[rows]
+                try:
+                    scene.batch.step(rows, nstep=BLOCK_STEPS)
+                except SimulationError as error:  # the other simulations ran on
+                    self.diverged[error.ids] = True
+        for scene, rows in groups:  # MuJoCo itself resets a diverged simulation, with a warning
+            warned = scene.batch.warning[rows, :, 1].any(1)
+            self.diverged[rows] |= warned | ~np.isfinite(scene.batch.state[rows]).all(1)
+
+    def measure(self, ids):
+        """Read tool, object, touch, success and failure of environments ids from the simulation."""
+        for scene, rows in self.members(ids[~self.diverged[ids]]):
+            self.tcp[rows], self.frame[rows], _ = forward_kinematics(scene.qpos[rows, :7])
+            self.opening[rows] = scene.qpos[rows, 7:9].sum(1)
+            self.finger_speed[rows] = np.abs(scene.qvel[rows, 7:9]).max(1)
+            scene.task.measure(self, scene, rows)
+
+    def events(self, ids):
+        """Return the reward (n,) of environments ids for what happened for the first time."""
+        touch = self.touch[ids] & ~self.diverged[ids]
+        success = self.success[ids] & ~self.diverged[ids]
+        reward = REWARD_TOUCH * (touch & ~self.touched[ids]) + REWARD_SUCCESS * success
+        self.touched[ids] |= touch
+        self.succeeded[ids] |= success
+        return reward
+
+    def observe(self, ids):
+        """Return the observation of environments ids (n,), in fresh arrays.
+
+        images (n, H, W, 3) uint8 (absent if image_size is 0); instructions, a list of n strings;
+        state (n, 8) float32; privileged (n, privileged_size) float32: tool, object and goal from
+        LOOK_AT [10 cm], gripper opening [10 cm], touched so far, task (one-hot).
+        """
+        state = np.zeros((len(ids), 8), np.float32)
+        state[:, :3] = self.tcp[ids]
+        state[:, 3:6] = euler_of(self.frame[ids])
+        state[:, 6] = self.opening[ids]
+        points = np.stack([self.tcp[ids], self.object[ids], self.goal[ids]], 1)    # (n, 3, 3)
+        points = 10 * (points - LOOK_AT).reshape(-1, 9)
+        one_hot = self.task[ids, None] == self.known_tasks
+        privileged = np.column_stack([points, 10 * state[:, 6], self.touched[ids], one_hot])
+        obs = dict(instructions=list(self.instruction[ids]), state=state)
+        obs["privileged"] = privileged.astype(np.float32)
+        if self.image_size:
+            open_gl()
+            for i in ids:
+                self.update_image(i)
+            obs["images"] = self.images[ids]                       # a copy
+        return obs
+
+    def update_image(self, i):
+        """Render environment i, unless it shows the last image again or waits for reset()."""
+        sampled = self.sampled[i]
+        step = self.steps[i]
+        if self.over[i] or (step > 0 and sampled.repeats[step]):
+            return
+        image = self.scenes[self.task[i]].render(i, self.tcp[i], sampled)
+        self.images[i] = camera_effects(image, sampled, step)
+
+    def wrong_instructions(self):
+        """Return N instructions that do not describe the episodes: other cubes, other tasks."""
+        return [TASKS[task].wrong_instruction(self, i) for i, task in enumerate(self.task)]
+
+
+# ---- experts -------------------------------------------------------------------------------
+class Expert:
+    """Scripted demonstrator of every environment in env, closed-loop, from the simulator's state.
+
+        expert = Expert(env);   executed, label = expert.act();   env.step(executed[:, None])
+
+    style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma drawn from
+    U(0, noise) once an episode: such demonstrations contain recoveries, and their labels stay clean
+    (DART, Laskey et al. 2017).
+    style "teleop": an imperfect person: slower or faster, a few mm off, with pauses, an overshoot
+    and correlated noise; label = executed, as in a recording. Both depend on the episode only.
+    """
+
+    SPEED = .036                       # m a control step
+    TURN_SPEED = .18                   # rad a control step
+
+    def __init__(self, env, style="expert", noise=0.):
+        problems = Problems()
+        problems.need(style in ("expert", "teleop"), "style", style, "expert or teleop", "expert")
+        problems.need(0 <= noise <= .02, "noise", noise, "0 to .02 m", .005)
+        problems.stop()
+        self.env = env
+        self.teleop = style == "teleop"
+        self.noise = noise
+        self.habits = [None] * env.num_envs  # of the demonstrator of the present episode
+
+    def act(self):
+        """Return the next actions: executed (N, 7) and label (N, 7), see the class."""
+        executed = np.zeros((self.env.num_envs, 7))
+        label = np.zeros((self.env.num_envs, 7))
+        for i, rng in enumerate(self.env.expert_rng):
+            if self.habits[i] is None or self.habits[i].rng is not rng:    # a new episode
+                self.habits[i] = self.new_habits(rng)
+                self.habits[i].plan = self.follow_plan(i)
+            habits = self.habits[i]
+            habits.drift = habits.memory * habits.drift + rng.normal(0, 1, 6)
+            if self.teleop and rng.random() < .02:
+                habits.pause = rng.integers(1, 4)                  # control steps
+            else:
+                habits.pause = max(habits.pause - 1, 0)
+            if habits.pause:
+                label[i] = hold(habits.grip)
+            else:
+                label[i] = next(habits.plan)
+            habits.grip = label[i, 6]
+            executed[i] = label[i]
+            executed[i, :6] += habits.sigma * habits.drift * (1, 1, 1, 3, 3, 3)
+        executed = np.clip(executed, -ACTION_LIMIT, ACTION_LIMIT)
+        if self.teleop:
+            return executed, executed.copy()
+        return executed, label
+
+    def new_habits(self, rng):
+        """Draw how an episode is demonstrated."""
+        habits = types.SimpleNamespace(rng=rng, drift=np.zeros(6), pause=0, grip=OPEN)
+        habits.speed = rng.uniform(.6, 1.1) if self.teleop else 1.  # x SPEED
+        habits.offset = rng.normal(0, .003, 3)     # m, off every waypoint
+        habits.overshoot = rng.uniform(.01, .02)   # m, once
+        habits.sigma = .0012                       # m of noise; in rad three times that
+        habits.memory = .7                         # of the noise, from step to step
+        if not self.teleop:
+            habits.offset = np.zeros(3)
+            habits.overshoot = 0
+            habits.sigma = rng.uniform(0, self.noise)
+            habits.memory = 0
+        return habits
+
+    def follow_plan(self, i):
+        """Yield the actions (7,) of environment i, from waypoint to waypoint, again and again."""
+        env = self.env
+        grip = None
+        while True:
+            began = env.steps[i]
+            for waypoint in TASKS[env.task[i]].plan(env, i):
+                if grip not in (None, waypoint.grip):
+                    yield hold(waypoint.grip)
+                    for _ in range(7):             # until the fingers stand still
+                        yield hold(waypoint.grip)
+                        if env.finger_speed[i] < .004:
+                            break
+                grip = waypoint.grip
+                lost = yield from self.approach(i, waypoint)
+                if lost:
+                    break
+            if env.steps[i] == began:              # no action, so that nothing would ever change
+                yield hold(grip)
+
+    def approach(self, i, waypoint):
+        """Yield the actions (7,) towards a waypoint; return True if the object got lost."""
+        env = self.env
+        habits = self.habits[i]
+        tool = env.target[i].copy()
+        for _ in range(waypoint.steps):
+            anchor = dict(object=env.object[i], goal=env.goal[i], tool=tool)[waypoint.anchor]
+            aim = np.clip(anchor + waypoint.offset + habits.offset, *WORKSPACE)
+            gap = aim - env.target[i]                              # (3,) m
+            distance = np.linalg.norm(gap)
+            turn = 0.
+            if waypoint.align:
+                heading = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0])
+                turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2
+            if waypoint.leash and np.linalg.norm(env.tcp[i] - env.object[i]) > waypoint.leash:
+                return True
+            if distance < waypoint.tolerance and abs(turn) < .06:
+                return False
+            if habits.overshoot and waypoint.tolerance <= distance < self.SPEED:
+                gap *= 1 + habits.overshoot / max(distance, .01)  # a little too far, then back
+                habits.overshoot = 0
+            gap *= min(1, self.SPEED * habits.speed / max(np.linalg.norm(gap), 1e-9))
+            turn = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED)
+            motion = np.array([*gap, 0, 0, turn]) / env.scale[i]
+            yield np.append(motion, waypoint.grip)
+        return False
+
+
+def hold(grip):
+    """Return the action (7,) that keeps the pose and moves the fingers."""
+    return np.array([0, 0, 0, 0, 0, 0, grip])
+
+
+# ---- plumbing: skip on first reading -------------------------------------------------------
+# ---- robot, shapes and scene in MJCF -------------------------------------------------------
+# Franka Panda: kinematics and inertias of MuJoCo Menagerie / franka_ros (identified by Gaz et al.
+# 2019), drawn with primitive shapes. Weight-compensated; only the finger pads collide.
+PANDA = """
+      <geom class="robot" type="box" pos="-.045 0 .035" size=".09 .08 .035"/>
+      <geom class="robot" type="cylinder" fromto="0 0 0 0 0 .14" size=".07"/>
+      <body name="link0" pos="0 0 .333" gravcomp="1">
+        <inertial mass="4.970684" pos=".003875 .002081 -.04762"
+                  fullinertia=".70337 .70661 .009117 -.000139 .006772 .019169"/>
+        <joint class="arm" name="joint0" range="-2.8973 2.8973"/>
+        <geom class="robot" type="capsule" fromto="0 0 -.165 0 -.02 -.03" size=".056"/>
+        <geom class="robot" type="capsule" fromto="0 -.0745 0 0 0 0" size=".055"/>
+        <body name="link1" quat="1 -1 0 0" gravcomp="1">
+          <inertial mass=".646926" pos="-.003141 -.02872 .003495"
+                    fullinertia=".007962 .02811 .025995 -.003925 .010254 .000704"/>
+          <joint class="arm" name="joint1" range="-1.7628 1.7628"/>
+          <geom class="robot" type="capsule" fromto="0 0 0 0 0 .0745" size=".055"/>
+          <geom class="robot" type="capsule" fromto="0 -.03 .02 0 -.165 0" size=".056"/>
+          <body name="link2" pos="0 -.316 0" quat="1 1 0 0" gravcomp="1">
+            <inertial mass="3.228604" pos=".027518 .039252 -.066502"
+                      fullinertia=".037242 .036155 .01083 -.004761 -.011396 -.012805"/>
+            <joint class="arm" name="joint2" range="-2.8973 2.8973"/>
+            <geom class="robot" type="capsule" fromto="0 0 -.09 .01 .01 -.01" size=".055"/>
+            <geom class="dark" type="capsule" fromto=".0825 0 0 .0825 .056 0" size=".055"/>
+            <geom class="robot" type="capsule" fromto=".02 .02 0 .0825 .04 0" size=".05"/>
+            <body name="link3" pos=".0825 0 0" quat="1 1 0 0" gravcomp="1">
+              <inertial mass="3.587895" pos="-.05317 .104419 .027454"
+                        fullinertia=".025853 .019552 .028323 .007796 -.001332 .008641"/>
+              <joint class="arm" name="joint3" range="-3.0718 -.0698"/>
+              <geom class="dark" type="capsule" fromto="0 0 0 0 0 .056" size=".055"/>
+              <geom class="robot" type="capsule" fromto="-.02 .02 .03 -.0825 .06 0" size=".052"/>
+              <geom class="robot" type="capsule" fromto="-.0825 .03 0 -.0825 .069 0" size=".055"/>
+              <body name="link4" pos="-.0825 .384 0" quat="1 -1 0 0" gravcomp="1">
+                <inertial mass="1.225946" pos="-.011953 .041065 -.038437"
+                          fullinertia=".035549 .029474 .008627 -.002117 -.004037 .000229"/>
+                <joint class="arm" name="joint4" range="-2.8973 2.8973"/>
+                <geom class="robot" type="capsule" fromto="0 0 -.22 0 .01 -.15" size=".054"/>
+                <geom class="robot" type="capsule" fromto="0 .03 -.16 0 .075 -.02" size=".05"/>
+                <geom class="dark" type="cylinder" fromto="0 .05 0 0 .128 0" size=".05"/>
+                <body name="link5" quat="1 1 0 0" gravcomp="1">
+                  <inertial mass="1.666555" pos=".060149 -.014117 -.010517"
+                            fullinertia=".001964 .004354 .005433 .000109 -.001158 .000341"/>
+                  <joint class="arm" name="joint5" range="-.0175 3.7525"/>
+                  <geom class="robot" type="cylinder" fromto="0 0 -.044 0 0 .056" size=".05"/>
+                  <geom class="robot" type="capsule" fromto=".01 .01 .005 .088 .02 .005"
+                        size=".045"/>
+                  <geom class="robot" type="cylinder" fromto=".088 .0817 0 .088 -.0514 0"
+                        size=".044"/>
+                  <body name="link6" pos=".088 0 0" quat="1 1 0 0" gravcomp="1">
+                    <inertial mass=".735522" pos=".010517 -.004252 .061597"
+                              fullinertia=".012516 .010027 .004815 -.000428 -.001196 -.000741"/>
+                    <joint class="arm" name="joint6" range="-2.8973 2.8973"/>
+                    <geom class="robot" type="cylinder" fromto="0 0 .052 0 0 .107" size=".044"/>
+                    <geom class="dark" type="capsule" fromto=".02 .02 .08 .055 .055 .08"
+                          size=".025"/>
+                    <body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1">
+                      <inertial mass=".73" pos="-.01 0 .03" diaginertia=".001 .0025 .0017"/>
+                      <geom class="robot" type="box" pos="0 0 .033" size=".0316 .102 .033"/>
+                      <geom class="robot" type="cylinder" fromto="0 0 -.02 0 0 .01" size=".044"/>
+                      <body name="left" pos="0 0 .0584" gravcomp="1">
+                        <inertial mass=".015" pos="0 0 0" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>
+                        <joint class="finger" name="left"/>
+                        <geom class="dark" type="box" pos="0 .0185 .011" size=".011 .0075 .01"/>
+                        <geom class="dark" type="box" pos="0 .0145 .027" size=".00875 .0045 .014"/>
+                        <geom class="pad" name="pad_left"/>
+                      </body>
+                      <body name="right" pos="0 0 .0584" quat="0 0 0 1" gravcomp="1">
+                        <inertial mass=".015" pos="0 0 0" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>
+                        <joint class="finger" name="right"/>
+                        <geom class="dark" type="box" pos="0 .0185 .011" size=".011 .0075 .01"/>
+                        <geom class="dark" type="box" pos="0 .0145 .027" size=".00875 .0045 .014"/>
+                        <geom class="pad" name="pad_right"/>
+                      </body>
+                    </body>
+                  </body>
+                </body>
+              </body>
+            </body>
+          </body>
+        </body>
+      </body>"""
+SERVO_KP = np.array([1000, 1000, 750, 750, 300, 300, 300, 1000, 1000])  # N m/rad; of fingers N/m
+ARM_TORQUE = np.array([87, 87, 87, 87, 12, 12, 12])  # N m, limits of the real joints
+TOOL_LENGTH = .107 + .1034         # m from the last joint to the TCP between the pads
+
+# One or two geoms a shape; sizes are half lengths and radii [m]. The origin is the grasp point; the
+# fingers close along y, where no shape is wider than 60 mm.
+SHAPES_XML = """<mujoco>
+  <default>
+    <default class="accent"><geom group="1"/></default>
+    <default class="lying">
+      <geom type="capsule" quat=".7071067811865476 0 .7071067811865476 0"/>
+    </default>
+  </default>
   <worldbody>
-    <light type="directional" castshadow="false" specular="0 0 0"/>
-    <body name="look_at" mocap="true"/><camera mode="targetbody" target="look_at"/>
-    <geom name="table" type="box" pos=".35 0 -.02" size=".55 .60 .02" material="wood" friction=".6 .005 .0001"/>
-    <geom class="wall" type="box" pos="-.60 0 .4" size=".01 1.6 1.2"/>
-    {clutter}{panda_xml()}{bodies}
+    <body name="ball"><geom type="sphere" size=".026"/></body>
+    <body name="block"><geom type="box" size=".024 .02 .024"/></body>
+    <body name="bottle"><geom type="cylinder" size=".023 .026"/>
+      <geom class="accent" type="cylinder" pos="0 0 .036" size=".011 .01"/></body>
+    <body name="brick"><geom type="box" size=".031 .02 .018"/></body>
+    <body name="can"><geom type="cylinder" size=".023 .028"/></body>
+    <body name="carrot"><geom class="lying" size=".019 .02"/>
+      <geom class="accent" type="box" pos=".042 0 0" size=".008 .012 .008"/></body>
+    <body name="corn"><geom class="lying" size=".02 .018"/>
+      <geom class="accent" type="box" pos="-.026 0 0" size=".016 .02 .012"/></body>
+    <body name="cross"><geom type="box" size=".03 .014 .016"/>
+      <geom class="accent" type="box" size=".012 .026 .016"/></body>
+    <body name="cube"><geom type="box" size=".023 .023 .023"/></body>
+    <body name="drum"><geom type="cylinder" size=".025 .018"/></body>
+    <body name="dumbbell"><geom type="cylinder" pos="0 0 .006" size=".024 .014"/>
+      <geom class="accent" type="box" size=".034 .018 .02"/></body>
+    <body name="egg"><geom type="ellipsoid" size=".032 .023 .023"/></body>
+    <body name="eggplant"><geom type="ellipsoid" size=".035 .022 .022"/>
+      <geom class="accent" type="box" pos="-.034 0 0" size=".007 .01 .01"/></body>
+    <body name="house"><geom type="box" size=".025 .02 .018"/>
+      <geom class="accent" type="box" pos="0 0 .026" size=".016 .013 .008"/></body>
+    <body name="lens"><geom type="ellipsoid" size=".027 .027 .02"/></body>
+    <body name="mushroom"><geom type="ellipsoid" pos="0 0 .018" size=".028 .028 .016"/>
+      <geom class="accent" type="cylinder" pos="0 0 -.004" size=".018 .018"/></body>
+    <body name="pear"><geom type="sphere" size=".026"/>
+      <geom type="sphere" pos="0 0 .03" size=".015"/></body>
+    <body name="pill"><geom class="lying" size=".02 .016"/></body>
+    <body name="pot"><geom type="cylinder" size=".027 .02"/>
+      <geom class="accent" type="box" pos=".036 0 .01" size=".012 .007 .006"/></body>
+    <body name="sponge"><geom type="box" pos="0 0 .01" size=".031 .022 .01"/>
+      <geom class="accent" type="box" pos="0 0 -.01" size=".031 .022 .01"/></body>
+    <body name="stack"><geom type="box" size=".024 .024 .02"/>
+      <geom class="accent" type="cylinder" pos="0 0 .03" size=".017 .01"/></body>
+    <body name="tee"><geom type="box" pos=".014 0 0" size=".012 .024 .016"/>
+      <geom type="box" pos="-.016 0 0" size=".02 .014 .016"/></body>
   </worldbody>
-  <actuator>{servos}</actuator><sensor>{sensors}</sensor></mujoco>"""
+</mujoco>"""
+# Their yaw cannot be seen.
+ROUND = ("can", "ball", "mushroom", "bottle", "pear", "drum", "lens", "stack")
+# Which of a geom's sizes points up; of boxes and ellipsoids it is the third. Capsules are lying.
+UPWARDS = {
+    int(mujoco.mjtGeom.mjGEOM_SPHERE): 0,
+    int(mujoco.mjtGeom.mjGEOM_CAPSULE): 0,
+    int(mujoco.mjtGeom.mjGEOM_CYLINDER): 1}
 
-# ---------------------------------------------------------------------------------------------------- kinematics
-JOINT_OFFSET = np.array([[float(x) for x in link[0].split()] for link in LINKS])       # (7, 3) m
-JOINT_RANGE = np.array([[float(x) for x in link[5].split()] for link in LINKS]).T      # (2, 7) rad
 
-def rotation(axis, angle):
-    """(..., 3, 3) rotation matrices about x, y or z (axis 0, 1, 2) by angle (...) [rad]."""
-    matrix, i, j = np.zeros(np.shape(angle) + (3, 3)), (axis + 1) % 3, (axis + 2) % 3
-    matrix[..., axis, axis], matrix[..., i, i], matrix[..., j, j] = 1, np.cos(angle), np.cos(angle)
-    matrix[..., i, j], matrix[..., j, i] = -np.sin(angle), np.sin(angle)
-    return matrix
+def load_shapes():
+    """Return {name: list of MuJoCo geoms, with type, pos, quat, size, group} of SHAPES_XML."""
+    model = mujoco.MjModel.from_xml_string(SHAPES_XML)
+    shapes = {}
+    for geom in range(model.ngeom):
+        name = model.body(model.geom_bodyid[geom]).name
+        shapes.setdefault(name, []).append(model.geom(geom))
+    return shapes
 
-JOINT_TILT = rotation(0, np.pi / 2 * np.array([link[1] for link in LINKS]))             # (7, 3, 3)
-TOOL_TURN = rotation(2, np.array(-np.pi / 4))                                           # (3, 3)
 
-def forward_kinematics(q):
-    """TCP position (N, 3) [m], rotation (N, 3, 3) and Jacobian (N, 6, 7) for joint angles q (N, 7) [rad].
-    Jacobian rows: linear, then angular velocity of the TCP in the base frame, per rad/s of each joint."""
-    local = JOINT_TILT @ rotation(2, q)                        # (N, 7, 3, 3) each joint's frame in the one before
-    position, frame = np.zeros((len(q), 3)), np.tile(np.eye(3), (len(q), 1, 1))
-    origins, axes = np.empty((2, len(q), 7, 3))
-    for k in range(7):
-        position = position + frame @ JOINT_OFFSET[k]
-        frame = frame @ local[:, k]
-        origins[:, k], axes[:, k] = position, frame[:, :, 2]
-    position = position + frame[:, :, 2] * TOOL_LENGTH
-    arm = position[:, None] - origins                          # (N, 7, 3)
-    linear = axes[..., [1, 2, 0]] * arm[..., [2, 0, 1]] - axes[..., [2, 0, 1]] * arm[..., [1, 2, 0]]   # axis x arm
-    return position, frame @ TOOL_TURN, np.concatenate([linear, axes], -1).swapaxes(1, 2)
+SHAPES = load_shapes()
 
-def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.05, max_step=.25):
-    """Joint angles (N, 7) that bring the TCP to position (N, 3) and frame (N, 3, 3), starting from q (N, 7).
-    Damped least squares with a pull towards HOME in the null space; three iterations leave 0.01 mm of a 3 cm step:
-        dq = J+ e + (I - J+ J) posture (HOME - q),    J+ = J^T (J J^T + damping^2 I)^-1"""
-    for _ in range(iterations):
-        now, turn, jacobian = forward_kinematics(q)
-        relative = frame @ turn.swapaxes(1, 2)
-        skew = (relative - relative.swapaxes(1, 2)) / 2        # sin(angle) * axis: exact enough near the solution
-        error = np.concatenate([position - now, skew[:, [2, 0, 1], [1, 2, 0]]], 1)[..., None]      # (N, 6, 1)
-        pull, transposed = (posture * (HOME - q))[..., None], jacobian.swapaxes(1, 2)
-        solved = np.linalg.solve(jacobian @ transposed + damping ** 2 * np.eye(6), error - jacobian @ pull)
-        dq = np.clip((transposed @ solved + pull)[..., 0], -max_step, max_step)
-        q = np.clip(q + dq, JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
-    return q
 
-def euler_of(frame):
-    """Roll in [0, 2 pi) (straight down is pi), pitch, yaw (N, 3) [rad] of R = Rz(yaw) Ry(pitch) Rx(roll), (N, 3, 3)."""
-    return np.stack([np.arctan2(frame[:, 2, 1], frame[:, 2, 2]) % (2 * np.pi),
-                     -np.arcsin(np.clip(frame[:, 2, 0], -1, 1)), np.arctan2(frame[:, 1, 0], frame[:, 0, 0])], 1)
+# Collisions: pads meet bits 1 and 2 of contype, loose objects bit 1. Software OpenGL pays for
+# triangles, not for pixels: one quad a box face, few slices, no multi-sampling, no shadow maps.
+SCENE = """<mujoco>
+    <compiler angle="radian" autolimits="true"/>
+    <statistic extent="1" center=".4 0 .2"/>
+    <option timestep="{dt}" integrator="implicitfast" cone="elliptic" impratio="10">
+      <flag midphase="disable"/>
+    </option>
+    <visual>
+      <global offwidth="{pixels}" offheight="{pixels}"/>
+      <map znear=".05" zfar="8"/>
+      <quality shadowsize="0" offsamples="0" numquads="1" numslices="6" numstacks="3"/>
+      <headlight active="0"/>
+    </visual>
+    <default>
+      <default class="robot"><geom contype="0" conaffinity="0" material="robot"/></default>
+      <default class="dark"><geom contype="0" conaffinity="0" material="dark"/></default>
+      <default class="wall"><geom type="box" contype="0" conaffinity="0" material="wall"/>
+        <default class="clutter"><geom group="3"/></default>
+      </default>
+      <default class="arm"><joint armature=".1" damping="1"/></default>
+      <default class="finger">
+        <joint type="slide" axis="0 1 0" range="-.001 .04" armature=".1"/>
+      </default>
+      <default class="pad">
+        <geom type="box" pos="0 .0076 .0452" size=".0088 .0076 .00925" conaffinity="3" condim="4"
+              friction="1 .005 .0001" solref=".01 1" solimp=".95 .99 .001" rgba=".25 .25 .27 1"/>
+      </default>
+    </default>
+    <asset>
+      <texture name="wood" type="2d" builtin="flat" width="64" height="64" rgb1="1 1 1"
+               rgb2=".82 .72 .62" mark="random" markrgb=".82 .72 .62" random=".25"/>
+      <texture name="slate" type="2d" builtin="flat" width="48" height="48" rgb1="1 1 1"
+               rgb2=".55 .62 .62" mark="random" markrgb=".55 .62 .62" random=".12"/>
+      <texture name="dots" type="2d" builtin="flat" width="24" height="24" rgb1="1 1 1"
+               rgb2=".55 .55 .55" mark="random" markrgb=".55 .55 .55" random=".03"/>
+      <texture name="tiles" type="2d" builtin="checker" width="16" height="16" rgb1="1 1 1"
+               rgb2=".75 .75 .75" mark="random" markrgb=".75 .75 .75" random="0"/>
+      <texture name="stains" type="2d" builtin="flat" width="12" height="12" rgb1="1 1 1"
+               rgb2=".5 .5 .5" mark="random" markrgb=".5 .5 .5" random=".005"/>
+      <texture name="plain" type="2d" builtin="flat" width="8" height="8" rgb1="1 1 1"
+               rgb2="1 1 1" mark="random" markrgb="1 1 1" random="0"/>
+      <material name="wood" texture="wood" texrepeat="6 6"/>
+      <material name="slate" texture="slate" texrepeat="6 6"/>
+      <material name="dots" texture="dots" texrepeat="6 6"/>
+      <material name="tiles" texture="tiles" texrepeat="6 6"/>
+      <material name="stains" texture="stains" texrepeat="6 6"/>
+      <material name="plain" texture="plain" texrepeat="6 6"/>
+      <material name="robot"/>
+      <material name="dark" rgba=".18 .18 .20 1"/>
+      <material name="wall"/>
+    </asset>
+    <worldbody>
+      <light type="directional" castshadow="false" specular="0 0 0"/>
+      <body name="look_at" mocap="true"/>
+      <camera mode="targetbody" target="look_at"/>
+      <geom name="table" type="box" pos=".35 0 -.02" size=".55 .60 .02" material="wood"
+            friction=".6 .005 .0001"/>
+      <geom class="wall" pos="-.60 0 .4" size=".01 1.6 1.2"/>
+      <geom class="clutter" rgba=".2 .22 .3 1" pos="-.25 .45 .15" size=".08 .1 .15"/>
+      <geom class="clutter" rgba=".25 .18 .15 1" pos="-.35 -.35 .22" size=".1 .08 .22"/>
+      <geom class="clutter" rgba=".35 .3 .1 1" pos="-.02 -.42 .05" size=".06 .05 .05"/>
+      <geom class="clutter" rgba=".08 .45 .2 1" pos=".1 .46 0" size=".16 .12 .002"/>
+      {panda}
+    </worldbody>
+    <actuator>  <!-- set_dynamics() writes gains and limits -->
+      <position joint="joint0" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="joint1" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="joint2" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="joint3" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="joint4" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="joint5" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="joint6" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="left" kp="1" kv="1" forcerange="-1 1"/>
+      <position joint="right" kp="1" kv="1" forcerange="-1 1"/>
+    </actuator>
+    {task}
+    </mujoco>"""
 
-# ---------------------------------------------------------------------------------------------------- rendering
-GL_CONTEXT = {}   # process id: context, one for all environments of a process: MuJoCo frees the buffers of a collected
-#                   environment in whatever context is current, which would destroy another one's
 
-def open_gl():
-    """Make this process's off-screen OpenGL context current, creating it if need be. RuntimeError: what to install."""
-    try:
-        if os.getpid() in GL_CONTEXT:                          # a forked child must not use its parent's context
-            return GL_CONTEXT[os.getpid()].make_current()
-        context = mujoco.GLContext(8, 8)                       # pictures are drawn into MuJoCo's own frame buffers
-        context.make_current()
-        mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 50).free()      # some backends fail only here
-    except Exception as error:     # every backend fails in its own way: ImportError, AttributeError, FatalError ...
-        raise gl_error(error) from error
-    GL_CONTEXT[os.getpid()] = context
-    atexit.register(context.free)                              # while ctypes still works
-    gl_renderer_name()                                         # warns of a slow one
+def scene_xml(task, image_size):
+    """Return the complete MJCF of a task's scene."""
+    return SCENE.format(dt=PHYSICS_DT, pixels=max(image_size, 8), panda=PANDA, task=task.xml)
 
-def gl_renderer_name():
-    """Name of the current OpenGL renderer; warns if it is a software one on a machine with an NVIDIA GPU."""
-    from OpenGL import GL
-    name = (GL.glGetString(GL.GL_RENDERER) or b"unknown").decode()
-    if "llvmpipe" in name and os.path.exists("/dev/nvidia0"):
-        warnings.warn(f"rendering on the CPU ({name}) although this machine has an NVIDIA GPU: see MUJOCO_GL=egl, "
-                      "NVIDIA_DRIVER_CAPABILITIES=all, /usr/share/glvnd/egl_vendor.d/10_nvidia.json", stacklevel=3)
-    return name
+
+class Camera(NamedTuple):
+    """A pinhole camera in the base frame."""
+
+    eye: np.ndarray        # (3,) m
+    view: np.ndarray       # (3, 3), rows: right, down, ahead
+    fovy: float            # deg, vertical field of view
 
 
 class Scene:
-    """One compiled MJCF and a mujoco Batch of it; row i of every array and model field belongs to environment i."""
+    """One compiled MJCF and a mujoco Batch of it; row i of everything belongs to environment i."""
 
-    def __init__(self, name, num_envs, image_size):
-        self.size, self.model = image_size, mujoco.MjModel.from_xml_string(scene_xml(name, image_size))
-        self.batch = Batch(self.model, num_envs, nthread=1)    # one thread: processes scale better on small machines
-        self.qpos, self.qvel, self.ctrl, self.mocap_pos, self.mocap_quat, self.sensor = map(
-            self.batch.bind, ("qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "sensordata"))
-        self.field = self.batch.expand                         # field("geom_rgba")[i] is environment i's own
-        self.loose = np.flatnonzero(self.model.body_dofnum == 6)       # the bodies that lie on the table
-        self.models = [None] * num_envs                        # models[i]: what environment i looks like
+    def __init__(self, task, num_envs, image_size):
+        self.task = task
+        self.size = image_size
+        self.model = mujoco.MjModel.from_xml_string(scene_xml(task, image_size))
+        # One thread: on small machines, processes use the cores better than threads.
+        self.batch = Batch(self.model, num_envs, nthread=1)
+        self.qpos = self.batch.bind("qpos")
+        self.qvel = self.batch.bind("qvel")
+        self.ctrl = self.batch.bind("ctrl")
+        self.mocap_pos = self.batch.bind("mocap_pos")
+        self.mocap_quat = self.batch.bind("mocap_quat")
+        self.sensor = self.batch.bind("sensordata")
+        self.field = self.batch.expand             # field("geom_rgba")[i] is environment i's own
+        self.loose = np.flatnonzero(self.model.body_dofnum == 6)  # bodies that lie on the table
+        self.models = [None] * num_envs            # models[i]: to render environment i
         if image_size:
             open_gl()
-            self.data, self.option, self.camera = mujoco.MjData(self.model), mujoco.MjvOption(), mujoco.MjvCamera()
-            self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
+            self.data = mujoco.MjData(self.model)
+            self.option = mujoco.MjvOption()
+            self.camera = mujoco.MjvCamera()
+            self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            self.camera.fixedcamid = 0
             self.view = mujoco.MjvScene(self.model, maxgeom=200)
-            self.view.flags[:] = 0                             # no shadow map, reflection, skybox, haze
-            self.view.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 1     # without it every face is drawn twice
+            self.view.flags[:] = 0  # no shadow map, reflection, skybox, haze
+            self.view.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 1  # or every face is drawn twice
             self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
             self.rect = mujoco.MjrRect(0, 0, image_size, image_size)
 
@@ -398,531 +1392,271 @@ class Scene:
         for field, value in values.items():
             self.field("geom_" + field)[i, self.model.geom(name).id] = value
 
-    def render(self, i, tcp, drawn):
-        """Picture (H, W, 3) uint8 of environment i and the seconds that OpenGL took. Shadows are discs under the loose
-        bodies and the tool: a shadow map would cost 30 times as much."""
-        model, data, view = self.models[i], self.batch.get_data(i, self.data), self.view
+    def paint(self, i, material, rgb):
+        """Write the colour of a material of environment i."""
+        self.field("mat_rgba")[i, self.model.material(material).id, :3] = rgb
+
+    def set_appearance(self, i, sampled):
+        """Write colours, light, camera and tone curves of environment i; return its Camera."""
+        self.set_geom(i, "table", matid=self.model.material(sampled.texture).id)
+        self.paint(i, sampled.texture, sampled.table)
+        self.paint(i, "wall", sampled.wall)
+        self.paint(i, "robot", sampled.robot)
+        light = np.array([-.25, -sampled.light_side, -1])
+        self.field("light_dir")[i, 0] = light / np.linalg.norm(light)
+        self.field("light_ambient")[i, 0] = sampled.ambient
+        self.field("light_diffuse")[i, 0] = sampled.diffuse
+        look_at = LOOK_AT + sampled.shift
+        a, e = np.radians([sampled.azimuth, sampled.elevation])
+        toward = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
+        right = np.array([-np.sin(a), np.cos(a), 0])
+        view = np.stack([right, np.cross(-toward, right), -toward])
+        camera = Camera(look_at + sampled.distance * toward, view, sampled.fovy)
+        self.mocap_pos[i, 0] = look_at
+        self.field("cam_pos")[i, 0] = camera.eye
+        self.field("cam_fovy")[i, 0] = camera.fovy
+        sampled.curves = None                                  # or (3, 256) uint8: of R, G, B
+        if (sampled.gain, sampled.tint, sampled.gamma) != (1, 0, 1):
+            ramp = (np.arange(256) / 255) ** sampled.gamma * 255 * sampled.gain
+            tinted = ramp * (1 + sampled.tint * np.array([[1], [0], [-1]]))
+            sampled.curves = np.clip(tinted, 0, 255).round().astype(np.uint8)
+        return camera
+
+    def set_dynamics(self, i, sampled):
+        """Write servos, and mass and friction of the loose bodies, of environment i.
+
+        Servos: force = kp (ctrl - q) - kv dq/dt, limited. The fingers are damped in the joint
+        instead, since a saturated servo's kv chatters.
+        """
+        kp = SERVO_KP.astype(float)
+        kp[:7] *= sampled.stiffness
+        kv = kp * sampled.damping
+        kv[7:] = 0
+        limit = np.append(ARM_TORQUE, [sampled.finger_force, sampled.finger_force])
+        self.field("dof_damping")[i, 7:9] = sampled.finger_damping
+        self.field("actuator_gainprm")[i, :, 0] = kp
+        self.field("actuator_biasprm")[i, :, 1:3] = np.stack([-kp, -kv], 1)
+        self.field("actuator_forcerange")[i] = np.stack([-limit, limit], 1)
+        self.field("body_mass")[i, self.loose] = sampled.mass
+        inertia = .4 * sampled.mass * .03 ** 2                 # kg m2, of a ball of 3 cm
+        self.field("body_inertia")[i, self.loose] = inertia
+        loose = np.isin(self.model.geom_bodyid, self.loose)
+        self.field("geom_friction")[i, loose, 0] = sampled.friction * self.task.friction
+
+    def update(self, rows):
+        """Compute what follows from the sizes, masses and positions of environments rows (n,)."""
+        self.batch.set_const(rows)
+        self.batch.forward(rows)
+        if self.size:
+            for i in rows:
+                self.models[i] = self.batch.get_model(i, self.models[i])
+
+    def render(self, i, tcp, sampled):
+        """Return the image (H, W, 3) uint8 of environment i.
+
+        Shadows are discs under the loose bodies and the tool: a shadow map costs 30 times as much.
+        """
+        model = self.models[i]
+        data = self.batch.get_data(i, self.data)
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
-        self.option.geomgroup[3] = drawn.clutter
-        mujoco.mjv_updateScene(model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, view)
-        for x, y, z in [*data.xpos[self.loose], tcp] if drawn.shadow else ():
-            mujoco.mjv_initGeom(view.geoms[view.ngeom], mujoco.mjtGeom.mjGEOM_CYLINDER, np.array([.028, .028, .0004]),
-                                np.array([x, y - drawn.light_side * z, .001]), np.eye(3).ravel(),
-                                np.array([0, 0, 0, drawn.shadow], np.float32))
-            view.ngeom += 1
-        before = time.perf_counter()
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)       # of several in this process
-        mujoco.mjr_render(self.rect, view, self.context)
+        self.option.geomgroup[3] = sampled.clutter
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(model, data, self.option, None, self.camera, everything, self.view)
+        if sampled.shadow:
+            for x, y, z in [*data.xpos[self.loose], tcp]:
+                mujoco.mjv_initGeom(
+                    self.view.geoms[self.view.ngeom], mujoco.mjtGeom.mjGEOM_CYLINDER,
+                    np.array([.028, .028, .0004]), np.array([x, y - sampled.light_side * z, .001]),
+                    np.eye(3).ravel(), np.array([0, 0, 0, sampled.shadow], np.float32))
+                self.view.ngeom += 1
+        # Other scenes of this process have made their own frame buffers current.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        mujoco.mjr_render(self.rect, self.view, self.context)
         image = np.empty((self.size, self.size, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, self.rect, self.context)
-        return image[::-1], time.perf_counter() - before       # OpenGL's first row is the bottom one
+        return image[::-1]  # OpenGL's first row is the bottom one
 
 
-# Sensor noise of sigma 1, in 1/16: drawn once and cut at random places, since fresh noise costs 10 x a look-up.
+# ---- kinematics ----------------------------------------------------------------------------
+def rotation(axis, angle):
+    """Return rotation matrices (..., 3, 3) about x, y or z (axis 0, 1, 2) by angle (...) [rad]."""
+    matrix = np.zeros(np.shape(angle) + (3, 3))
+    i = (axis + 1) % 3
+    j = (axis + 2) % 3
+    matrix[..., axis, axis] = 1
+    matrix[..., i, i] = np.cos(angle)
+    matrix[..., j, j] = np.cos(angle)
+    matrix[..., i, j] = -np.sin(angle)
+    matrix[..., j, i] = np.sin(angle)
+    return matrix
+
+
+# Read from the MJCF, so that the controller and the simulator cannot disagree.
+MODEL = mujoco.MjModel.from_xml_string(scene_xml(Task(), 0))
+LINKS = [MODEL.body(f"link{k}").id for k in range(7)]
+QUATERNION = MODEL.body_quat[LINKS]                # (7, 4) w x y z: quarter turns about x
+JOINT_TILT = rotation(0, 2 * np.arctan2(QUATERNION[:, 1], QUATERNION[:, 0]))  # (7, 3, 3)
+JOINT_OFFSET = MODEL.body_pos[LINKS]               # (7, 3) m
+JOINT_RANGE = MODEL.jnt_range[:7].T                # (2, 7) rad
+TOOL_TURN = rotation(2, np.array(-np.pi / 4))      # (3, 3)
+
+
+def forward_kinematics(q):
+    """Return TCP position (N, 3) [m], rotation (N, 3, 3) and Jacobian (N, 6, 7) at q (N, 7) [rad].
+
+    Rows of the Jacobian: linear, then angular velocity of the TCP in the base frame, per rad/s of
+    each joint.
+    """
+    local = JOINT_TILT @ rotation(2, q)    # (N, 7, 3, 3) each joint's frame in the one before
+    position = np.zeros((len(q), 3))
+    frame = np.tile(np.eye(3), (len(q), 1, 1))
+    origins = np.empty((len(q), 7, 3))
+    axes = np.empty((len(q), 7, 3))
+    for k in range(7):
+        position = position + frame @ JOINT_OFFSET[k]
+        frame = frame @ local[:, k]
+        origins[:, k] = position
+        axes[:, k] = frame[:, :, 2]
+    position = position + frame[:, :, 2] * TOOL_LENGTH
+    arm = position[:, None] - origins                      # (N, 7, 3)
+    # The cross product axis x arm; np.cross is several times slower.
+    linear = axes[..., [1, 2, 0]] * arm[..., [2, 0, 1]] - axes[..., [2, 0, 1]] * arm[..., [1, 2, 0]]
+    jacobian = np.concatenate([linear, axes], -1).swapaxes(1, 2)
+    return position, frame @ TOOL_TURN, jacobian
+
+
+def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.05, max_step=.25):
+    """Return joint angles (N, 7) that bring the TCP to position (N, 3) and frame (N, 3, 3).
+
+    Damped least squares from q (N, 7) on, with a pull towards HOME in the null space; three
+    iterations leave 0.01 mm of a 3 cm step.
+
+        dq = J+ e + (I - J+ J) posture (HOME - q),    J+ = J^T (J J^T + damping^2 I)^-1
+    """
+    for _ in range(iterations):
+        now, turn, jacobian = forward_kinematics(q)
+        relative = frame @ turn.swapaxes(1, 2)
+        skew = (relative - relative.swapaxes(1, 2)) / 2  # sin(angle) * axis: good for small angles
+        error = np.concatenate([position - now, skew[:, [2, 0, 1], [1, 2, 0]]], 1)[..., None]
+        pull = (posture * (HOME - q))[..., None]           # (N, 7, 1); error is (N, 6, 1)
+        transposed = jacobian.swapaxes(1, 2)
+        normal = jacobian @ transposed + damping ** 2 * np.eye(6)
+        dq = transposed @ np.linalg.solve(normal, error - jacobian @ pull) + pull
+        q = q + np.clip(dq[..., 0], -max_step, max_step)
+        q = np.clip(q, JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
+    return q
+
+
+def euler_of(frame):
+    """Return roll, pitch, yaw (N, 3) [rad] of R = Rz(yaw) Ry(pitch) Rx(roll), (N, 3, 3).
+
+    Roll is in [0, 2 pi), where straight down is pi, far from the jump.
+    """
+    roll = np.arctan2(frame[:, 2, 1], frame[:, 2, 2]) % (2 * np.pi)
+    pitch = -np.arcsin(np.clip(frame[:, 2, 0], -1, 1))
+    yaw = np.arctan2(frame[:, 1, 0], frame[:, 0, 0])
+    return np.stack([roll, pitch, yaw], 1)
+
+
+# ---- images --------------------------------------------------------------------------------
+# Process id: OpenGL context. One serves all environments of a process, because MuJoCo frees the
+# buffers of a deleted environment in whatever context is current, even in another environment's.
+GL_CONTEXT = {}
+
+
+def open_gl():
+    """Make this process's OpenGL context current, or create it. Raises OSError: what to install."""
+    if os.getpid() in GL_CONTEXT:  # a forked child must not use its parent's context
+        GL_CONTEXT[os.getpid()].make_current()
+        return
+    try:
+        context = mujoco.GLContext(8, 8)  # MuJoCo renders into frame buffers of its own
+        context.make_current()
+        empty = mujoco.MjModel.from_xml_string("<mujoco/>")
+        mujoco.MjrContext(empty, 50).free()                # some backends fail only here
+    except Exception as error:  # every backend fails in its own way
+        raise gl_error(error) from error
+    GL_CONTEXT[os.getpid()] = context
+    atexit.register(context.free)                          # while ctypes still works
+
+
+# Sensor noise of sigma 1, in 1/16. Cutting it at a random place costs a tenth of drawing it afresh.
 NOISE = (16 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.int16)
 
-def process_image(image, drawn, step):
-    """Tone curve, blur and sensor noise of a frame (H, W, 3) uint8; a function of `drawn` and the step."""
-    if drawn.curves is not None:                               # (3, 256)
-        image = drawn.curves.ravel().take(image + np.array([0, 256, 512], np.uint16))
-    if drawn.blur:                                             # rows, then columns, with 1/4 1/2 1/4
+
+def camera_effects(image, sampled, step):
+    """Return a frame (H, W, 3) uint8 after tone curves, blur, and the sensor noise of this step."""
+    if sampled.curves is not None:  # (3, 256), one table after the other
+        image = sampled.curves.ravel().take(image + np.array([0, 256, 512], np.uint16))
+    if sampled.blur:  # 1/4 1/2 1/4, over rows, then over columns
         image = image.astype(np.uint16)
         image[1:-1] = image[:-2] + 2 * image[1:-1] + image[2:] + 2 >> 2
         image[:, 1:-1] = image[:, :-2] + 2 * image[:, 1:-1] + image[:, 2:] + 2 >> 2
-    if drawn.noise:
-        start = (drawn.noise_seed + 7919 * step) % (len(NOISE) - image.size)
-        noise = (drawn.noise * NOISE[start:start + image.size] >> 4).reshape(image.shape)
-        image = np.clip(image.astype(np.int16) + noise, 0, 255)
+    if sampled.noise:
+        start = (sampled.noise_seed + 7919 * step) % (len(NOISE) - image.size)
+        noise = sampled.noise * NOISE[start:start + image.size] >> 4
+        image = np.clip(image.astype(np.int16) + noise.reshape(image.shape), 0, 255)
     return image.astype(np.uint8)
 
-# ---------------------------------------------------------------------------------------------------- environments
-def draw(rng, value):
-    """Sample an entry of PARAMETERS: a list is chosen from, (low, high) is drawn uniformly, the rest is fixed."""
-    if isinstance(value, list):
-        return draw(rng, value[rng.integers(len(value))])
-    return rng.uniform(*value) if isinstance(value, tuple) and len(value) == 2 else value
 
-
-class VecEnv:
-    """N environments of one task, or of `all`, stepped together; each restarts by itself when its episode ends.
-    task: a name in TASKS, or "all": every episode draws its task.    domain: one of DOMAINS.    num_envs: N.
-    seed: which sequence of episodes.    image_size: pixels (H = W), 8 to 512; 0 = no pictures and no OpenGL.
-    variant: "seen", "unseen-objects" (held-out shapes, colours), "unseen-states" (held-out starts); not in pretrain.
-    reward: "events" = .2 at the first touch or grasp, 1 at the first success, -.4 when success is lost, each once;
-        "dense" = mean of the four info["reward_terms"], in [0, 1] a control step.
-    gap: which parts of `real` differ from `sim`.    randomise: which of "visual", "dynamics" are drawn as in
-    `pretrain`, but for the camera (NEAR_LOOKS); "late": now and then the picture is the one before (LATE).
-    paraphrase: True = draw the wording (`pretrain` always does).
-    run_to_horizon: True = success and failure do not end an episode (only then can a success be lost).
-    first_episode, episode_stride: this process runs episodes first, first + stride, ... of the seed."""
-
-    def __init__(self, task, domain="sim", num_envs=1, seed=0, image_size=64, variant="seen", reward="events",
-                 gap=Gap(), randomise=(), paraphrase=False, run_to_horizon=False, first_episode=0, episode_stride=1):
-        wrong = [f"{name} {got!r} is unknown, choose from {', '.join(known)}" for name, got, known in (
-            ("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS), ("reward", reward, ("events", "dense")),
-            ("variant", variant, VARIANTS[:1] if domain == "pretrain" else VARIANTS),
-            *(("randomise", part, RANDOM) for part in randomise)) if got not in known]
-        wrong += [f"{name} must be a whole number from {low} to {high}, got {got!r}" for name, got, low, high in (
-            ("num_envs", num_envs, 1, 4096), ("seed", seed, 0, 1 << 32), ("first_episode", first_episode, 0, 1 << 32),
-            ("episode_stride", episode_stride, 1, 1 << 32), ("image_size", image_size, 8 * (image_size != 0), 512))
-            if not isinstance(got, (int, np.integer)) or not low <= got <= high]
-        if wrong:
-            raise ValueError("VecEnv: " + "; ".join(wrong))
-        self.num_envs, self.seed, self.image_size, self.domain, n = num_envs, seed, image_size, domain, num_envs
-        self.tasks, self.unseen_states = list(TASKS) if task == "all" else [task], variant == "unseen-states"
-        self.dense, self.run_to_horizon = reward == "dense", run_to_horizon
-        self.first_episode, self.episode_stride = first_episode, episode_stride
-        column = {part: DOMAINS.index(domain) * (domain != "real" or getattr(gap, part)) for part in PARAMETERS}
-        column |= dict.fromkeys({*randomise} - {"late"}, DOMAINS.index("pretrain"))
-        self.parameters = {name: row[column[part]] for part, rows in PARAMETERS.items() for name, row in rows.items()}
-        if "visual" in randomise and domain != "pretrain":
-            self.parameters.update(NEAR_LOOKS)
-        if "late" in randomise:
-            self.parameters["stale"] = LATE
-        if variant == "unseen-objects":
-            self.parameters.update(UNSEEN_OBJECTS, cubes=UNSEEN_CUBES[column["objects"]])
-        self.wordings = {name: [task.instruction] * (domain != "pretrain")
-                         + task.paraphrases * (paraphrase or domain == "pretrain") for name, task in TASKS.items()}
-        self.scenes = {name: Scene(name, n, image_size) for name in sorted({TASKS[t].scene for t in self.tasks})}
-        self.seconds, self.frames = dict(physics=0., gl=0.), 0     # of mj_step and OpenGL; pictures; so far
-        self.episode, self.steps, self.horizon, self.latency, self.named = np.zeros((5, n), int)    # latency in blocks
-        self.task, self.scene_of, self.instruction, self.drawn, self.acting = np.full((5, n), None)
-        self.scale, self.rest, self.start_distance, self.object_yaw = np.ones((4, n))
-        self.touched, self.succeeded, self.lost, self.diverged = np.zeros((4, n), bool)     # latches of the episode
-        self.touch, self.success, self.wrong = np.zeros((3, n), bool)                       # now
-        self.target, self.tcp, self.object, self.goal = np.zeros((4, n, 3))     # m: commanded TCP; measured TCP, ...
-        self.target_frame, self.frame = np.zeros((2, n, 3, 3))
-        self.mirror = np.ones((n, 3))                                           # of the cabinet's x y z
-        self.start = np.zeros((n, 3, 2))                                        # m, where the cubes were put
-        self.q_new, self.q_old, self.q_older = np.zeros((3, n, 7))              # set-points at the ends of three steps
-        self.grip_new, self.grip_old, self.opening, self.finger_speed = np.zeros((4, n))
-        self.images = np.zeros((n, image_size, image_size, 3), np.uint8)
-
-    def reset(self):
-        """Start over: environment i gets episode first_episode + i * episode_stride. Returns observe() of all."""
-        self.next_episode = self.first_episode
-        self.begin_episodes(np.arange(self.num_envs))
-        return self.observe(np.arange(self.num_envs))
-
-    def begin_episodes(self, ids):
-        """Put environments ids into their next scenes; no other environment is touched. The arms start near HOME,
-        grippers open, controller targets = where the tools really are."""
-        for i in ids:
-            self.arrange(i)
-        off = np.array([self.drawn[i].arm for i in ids])       # (n, 10) in [-1, 1]: joints, then TCP
-        tcp, frame, _ = forward_kinematics(q := HOME + off[:, :7] * self.parameters["start_joints"])
-        reach = self.parameters["start_tcp"] + UNSEEN_BAND * self.unseen_states
-        q = inverse_kinematics(q, np.clip(tcp + off[:, 7:] * reach, *WORKSPACE), frame)
-        self.q_new[ids] = self.q_old[ids] = self.q_older[ids] = q
-        self.target[ids], self.target_frame[ids], _ = forward_kinematics(q)
-        self.grip_new[ids] = self.grip_old[ids] = FINGER_OPEN
-        for _, scene, rows in self.members(ids):
-            scene.qpos[rows, :7] = scene.ctrl[rows, :7] = self.q_new[rows]
-            scene.qpos[rows, 7:9] = scene.ctrl[rows, 7:9] = FINGER_OPEN
-            scene.batch.set_const(rows)                        # what follows from sizes and masses
-            scene.batch.forward(rows)
-            for i in rows if self.image_size else ():
-                scene.models[i] = scene.batch.get_model(i, scene.models[i])
-        self.measure(ids)
-        self.start_distance[ids] = np.linalg.norm((self.object - self.goal)[ids], axis=1)
-
-    def arrange(self, i):
-        """Draw the next episode of environment i and write its scene."""
-        self.episode[i], self.next_episode = self.next_episode, self.next_episode + self.episode_stride
-        key = [self.seed, DOMAINS.index(self.domain), self.episode[i]]     # a stream a part: Gap changes one part only
-        layout, *parts, self.acting[i] = (np.random.default_rng([*key, stream]) for stream in range(5))
-        self.task[i] = draw(layout, self.tasks)
-        self.scene_of[i], self.horizon[i], self.steps[i] = *TASKS[self.task[i]][:2], 0
-        self.instruction[i] = draw(layout, self.wordings[self.task[i]])
-        self.touched[i] = self.succeeded[i] = self.lost[i] = self.diverged[i] = self.wrong[i] = False
-        self.drawn[i] = drawn = types.SimpleNamespace()
-        for rng, part in zip(parts, PARAMETERS):
-            vars(drawn).update({name: draw(rng, self.parameters[name]) for name in PARAMETERS[part]})
-        self.mirror[i] = 1, drawn.side, 1
-        drawn.repeats = parts[0].random(self.horizon[i] + 1) < drawn.stale     # whether step t shows the last frame
-        drawn.noise_seed, drawn.arm = parts[0].integers(1 << 20), parts[1].uniform(-1, 1, 10)
-        scene = self.scenes[self.scene_of[i]]
-        scene.batch.reset([i], stage=0)
-        self.apply(scene, i, drawn)
-        getattr(self, "place_" + self.scene_of[i])(scene, i, layout, drawn)
-
-    def start_xy(self, layout, name):
-        """A start position (2,) [m] in START[name], or in the band of UNSEEN_BAND around it."""
-        low, high = START[name]
-        while True:
-            xy = layout.uniform(low - UNSEEN_BAND * self.unseen_states, high + UNSEEN_BAND * self.unseen_states)
-            if not self.unseen_states or ((xy < low) | (xy > high)).any():
-                return xy
-
-    def place_pick(self, scene, i, layout, drawn):
-        """An object of random shape, colour and yaw, and the dish."""
-        parts = [part.split() for part in SHAPES[drawn.shape].split(";")]
-        scene.set_geom(i, "part1", rgba=0, contype=0, conaffinity=0)           # off, unless the shape has two parts
-        self.named[i] = self.rest[i] = self.goal[i, 2] = 0
-        for k, (kind, *numbers) in enumerate(parts):
-            numbers = drawn.scale * np.array(numbers, float)
-            scene.set_geom(i, f"part{k}", type=getattr(mujoco.mjtGeom, "mjGEOM_" + KINDS[kind.upper()].upper()),
-                           pos=numbers[:3], size=numbers[3:], contype=1, conaffinity=1,
-                           rgba=(*(drawn.colour if kind.isupper() else drawn.accent), 1),
-                           quat=(.5 ** .5, 0, .5 ** .5, 0) if kind == "R" else (1, 0, 0, 0))
-            height = numbers[dict(S=3, R=3, C=4).get(kind.upper(), 5)]
-            self.rest[i] = max(self.rest[i], height - numbers[2])              # m, of the origin on the table
-        rim = scene.model.geom_matid == scene.model.material("rim").id
-        scene.field("geom_size")[i, rim, 2] = scene.field("geom_pos")[i, rim, 2] = drawn.dish_wall
-        yaw, xy, dish = layout.uniform(-START_TURN, START_TURN) * (drawn.shape not in UNTURNED), 0, 0
-        while np.linalg.norm(xy - dish) < START_APART:
-            xy, dish = self.start_xy(layout, "object"), self.start_xy(layout, "dish")
-        scene.qpos[i, 9:16] = *xy, self.rest[i], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-        scene.mocap_pos[i, 1, :2] = self.goal[i, :2] = dish
-
-    def place_push(self, scene, i, layout, drawn):
-        """Three cubes of different colours in three lanes; the instruction names one."""
-        cubes = [drawn.cubes[k] for k in layout.permutation(len(drawn.cubes))[:3]]
-        self.named[i] = layout.integers(3)
-        self.instruction[i] = self.instruction[i].format(colour=cubes[self.named[i]][0])
-        for k, (_, rgb) in enumerate(cubes):
-            scene.set_geom(i, f"cube{k}", rgba=(*draw(layout, rgb), 1))      # pretrain: one of several shades
-            yaw = layout.uniform(-.5, .5) * START_TURN
-            self.start[i, k] = self.start_xy(layout, "cube") + (0, CUBE_LANES[k])
-            scene.qpos[i, 9 + 7 * k:16 + 7 * k] = *self.start[i, k], CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-        self.goal[i] = *(self.start[i, self.named[i]] + (PUSH_DISTANCE + .02, 0)), CUBE_HALF
-
-    def place_drawer(self, scene, i, layout, drawn):
-        """The cabinet at the robot's right (left if mirrored: turned by 180 degrees); its drawer slides along y."""
-        scene.set_geom(i, "handle", size=scene.model.geom("handle").size * (drawn.handle_scale, 1, drawn.handle_scale))
-        scene.field("jnt_range")[i, 9, 1] = drawn.stroke
-        scene.field("dof_frictionloss")[i, 9] = drawn.drawer_friction
-        scene.field("dof_damping")[i, 9] = drawn.drawer_damping
-        x, y = self.start_xy(layout, "cabinet")
-        scene.mocap_pos[i, 1, :2] = x, LOOK_AT[1] + drawn.side * (y - LOOK_AT[1])
-        scene.mocap_quat[i, 1] = (1, 0, 0, 0) if drawn.side > 0 else (0, 0, 0, 1)     # half a turn
-        opens = self.task[i] == "open-drawer"
-        scene.qpos[i, 9] = 0 if opens else layout.uniform(*START_OPEN)
-        self.goal[i] = scene.mocap_pos[i, 1] + self.mirror[i] * (HANDLE + (0, drawn.stroke * opens, 0))
-
-    def apply(self, scene, i, drawn):
-        """Colours, light, camera and its tone curves; servos, delay, tracking; mass and friction of loose bodies."""
-        light, field, look_at = np.array([-.25, -drawn.light_side, -1]), scene.field, LOOK_AT + drawn.shift
-        scene.set_geom(i, "table", matid=scene.model.material(drawn.texture).id)
-        colours = {**vars(drawn), drawn.texture: drawn.table, "rim": .85 * np.array(drawn.dish)}
-        for surface in (drawn.texture, "wall", "robot", "dish", "rim", "cabinet", "handle"):
-            field("mat_rgba")[i, scene.model.material(surface).id, :3] = colours[surface]
-        field("light_dir")[i, 0] = light / np.linalg.norm(light)
-        field("light_ambient")[i, 0], field("light_diffuse")[i, 0] = drawn.ambient, drawn.diffuse
-        a, e = np.radians([drawn.azimuth, drawn.elevation])
-        toward = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
-        drawn.eye, right = look_at + drawn.distance * toward, np.array([-np.sin(a), np.cos(a), 0])
-        drawn.view = np.stack([right, np.cross(-toward, right), -toward])      # rows: right, down, ahead
-        scene.mocap_pos[i, 0], field("cam_pos")[i, 0] = look_at, drawn.eye
-        field("cam_fovy")[i, 0] = drawn.fovy
-        ramp = (np.arange(256) / 255) ** drawn.gamma * 255 * drawn.gain
-        curves = np.clip(ramp * (1 + drawn.tint * np.array([[1], [0], [-1]])), 0, 255).round().astype(np.uint8)
-        drawn.curves = None if (drawn.gain, drawn.tint, drawn.gamma) == (1, 0, 1) else curves      # (3, 256): R, G, B
-        # Servos: force = kp (ctrl - q) - kv dq/dt, limited.
-        kp = SERVO_KP * ([drawn.stiffness] * 7 + [1, 1])
-        kv = kp * ([drawn.damping] * 7 + [0, 0])               # fingers: in the joint; a saturated servo's kv chatters
-        field("dof_damping")[i, 7:9] = drawn.finger_damping
-        field("actuator_gainprm")[i, :, 0], field("actuator_biasprm")[i, :, 1:3] = kp, np.stack([-kp, -kv], 1)
-        field("actuator_forcerange")[i] = np.outer([*ARM_TORQUE, drawn.finger_force, drawn.finger_force], [-1, 1])
-        field("body_mass")[i, scene.loose] = drawn.mass
-        field("body_inertia")[i, scene.loose] = .4 * drawn.mass * .03 ** 2     # kg m2, of a ball of 3 cm
-        loose = np.isin(scene.model.geom_bodyid, scene.loose)
-        field("geom_friction")[i, loose, 0] = drawn.friction * (.6 if self.scene_of[i] == "push" else 1)
-        self.scale[i], self.latency[i] = drawn.action_scale, round(drawn.latency / (BLOCK_STEPS * PHYSICS_DT))
-
-    def step(self, actions):
-        """Run chunks of actions (N, K, 7), see the header; an environment that ends inside a chunk skips the rest.
-        Returns observe() of all (the next episode's first where one ended), reward (N,) float32 summed over the chunk,
-        terminated (N,) = success or failure, truncated (N,) = time limit or diverged simulation, never both, and info:
-        success (N,) at any time in this episode; failure, touched, diverged (N,); clipped (N,) actions beyond
-        ACTION_LIMIT; episode, length (N,); reward_terms {name: (N,)}; ended (M,) environments; final_obs: their last
-        observation (M rows) or None. ValueError: wrong shape, or non-finite actions, naming the environments."""
-        actions, n = np.asarray(actions, np.float64), self.num_envs
-        if actions.ndim != 3 or (actions.shape[0], actions.shape[2]) != (n, 7) or not actions.size:
-            raise ValueError(f"actions have shape {actions.shape}, need ({n}, K >= 1, 7): environments, chunk, "
-                             "(dx dy dz droll dpitch dyaw gripper); a single action a: a[:, None]")
-        bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
-        if len(bad):
-            raise ValueError(f"actions of environments {bad.tolist()} are not finite (first: {actions[bad[0]].tolist()}"
-                             "); need metres, radians, gripper in [-1, 1]; look for nan in what computed them")
-        reward, clipped, terms = np.zeros(n), np.zeros(n, int), {name: np.zeros(n) for name in REWARD_TERMS}
-        terminated, truncated = np.zeros((2, n), bool)
-        for action in actions.swapaxes(0, 1):                  # (N, 7)
-            ids = np.flatnonzero(~(terminated | truncated))
-            clipped[ids] += (np.abs(action[ids]) > ACTION_LIMIT + 1e-6).any(1)
-            self.advance(ids, np.clip(action[ids], -ACTION_LIMIT, ACTION_LIMIT))
-            self.steps[ids] += 1
-            self.measure(ids)
-            reward[ids] += self.latch(ids, terms)
-            if not self.run_to_horizon:
-                terminated[ids] = ((self.succeeded | self.wrong) & ~self.diverged)[ids]
-            truncated[ids] = (((self.steps >= self.horizon) | self.diverged) & ~terminated)[ids]
-        ended = np.flatnonzero(terminated | truncated)
-        info = {name: getattr(self, name).copy() for name in ("touched", "diverged", "episode")}
-        info.update(success=self.succeeded.copy(), failure=self.wrong & ~self.succeeded, length=self.steps.copy(),
-                    clipped=clipped, reward_terms=terms, ended=ended, final_obs=None)
-        if len(ended):
-            info["final_obs"] = self.observe(ended)
-            self.begin_episodes(ended)
-        return self.observe(np.arange(n)), reward.astype(np.float32), terminated, truncated, info
-
-    def members(self, ids):
-        """(name, scene, rows) of every scene that some of the environments ids are in."""
-        groups = [(name, scene, ids[self.scene_of[ids] == name]) for name, scene in self.scenes.items()]
-        return [group for group in groups if len(group[2])]
-
-    def advance(self, ids, action):
-        """0.2 s of simulation: move the target poses, solve for joints, feed the set-points in blocks of 25 ms."""
-        delta = action[:, :6] * self.scale[ids, None]
-        self.target[ids] = np.clip(self.target[ids] + delta[:, :3], *WORKSPACE)
-        turn = rotation(2, delta[:, 5]) @ rotation(1, delta[:, 4]) @ rotation(0, delta[:, 3])
-        self.target_frame[ids] = turn @ self.target_frame[ids]
-        self.q_older[ids], self.q_old[ids], self.grip_old[ids] = self.q_old[ids], self.q_new[ids], self.grip_new[ids]
-        self.q_new[ids] = inverse_kinematics(self.q_old[ids], self.target[ids], self.target_frame[ids])
-        self.grip_new[ids] = FINGER_CLOSED + (action[:, 6] + 1) / 2 * (FINGER_OPEN - FINGER_CLOSED)
-        groups = self.members(ids)
-        for block in range(BLOCKS):
-            # progress through this step's set-points; negative while a delayed robot still follows the last step's
-            s = ((block + 1 - self.latency) / BLOCKS)[:, None]                          # (N, 1)
-            q = (self.q_old + np.clip(s, 0, 1) * (self.q_new - self.q_old)
-                 + np.clip(-s, 0, 1) * (self.q_older - self.q_old))                     # (N, 7)
-            grip = np.where(s > 0, self.grip_new[:, None], self.grip_old[:, None])      # (N, 1)
-            for _, scene, rows in groups:
-                scene.ctrl[rows, :7], scene.ctrl[rows, 7:9] = q[rows], grip[rows]
-                before = time.perf_counter()
-                try:
-                    scene.batch.step(rows, nstep=BLOCK_STEPS)
-                except SimulationError as error:               # the other simulations ran on
-                    self.diverged[error.ids] = True
-                self.seconds["physics"] += time.perf_counter() - before
-        for _, scene, rows in groups:                          # MuJoCo resets a diverged simulation, with a warning
-            self.diverged[rows] |= scene.batch.warning[rows, :, 1].any(1) | ~np.isfinite(scene.batch.state[rows]).all(1)
-
-    def measure(self, ids):
-        """Read tool, object, goal, touch, success and failure from the simulations of environments ids."""
-        for name, scene, rows in self.members(ids[~self.diverged[ids]]):
-            qpos, sensor, named, every = scene.qpos[rows], scene.sensor[rows], self.named[rows], np.arange(len(rows))
-            self.tcp[rows], self.frame[rows], _ = forward_kinematics(qpos[:, :7])
-            self.opening[rows], self.finger_speed[rows] = qpos[:, 7:9].sum(1), np.abs(scene.qvel[rows, 7:9]).max(1)
-            if name == "drawer":
-                slide, opens = qpos[:, 9], self.task[rows] == "open-drawer"
-                handle = HANDLE + slide[:, None] * (0, 1, 0)                             # (n, 3) m
-                self.object[rows] = scene.mocap_pos[rows, 1] + self.mirror[rows] * handle
-                self.touch[rows] = sensor[:, 0] > 0
-                self.success[rows] = np.where(opens, slide > OPEN_DISTANCE, slide < CLOSE_DISTANCE)
-                continue
-            bodies = qpos[:, 9:].reshape(len(rows), -1, 7)     # (n, bodies, 7) xyz, quaternion
-            self.object[rows] = bodies[every, named, :3]
-            self.object_yaw[rows] = 2 * np.arctan2(bodies[every, named, 6], bodies[every, named, 3])
-            if name == "pick":
-                gap, clear = (self.object[rows] - other[rows] for other in (self.goal, self.tcp))      # (n, 3) m
-                height, force = gap[:, 2] - self.rest[rows], np.linalg.norm(sensor.reshape(-1, 2, 3), axis=2)   # m, N
-                self.touch[rows] = (force > GRASP_FORCE).all(1)
-                self.success[rows] = ((np.linalg.norm(gap[:, :2], axis=1) < PICK_RADIUS) & (0 < height)
-                                      & (height < PICK_HEIGHT) & (force == 0).all(1)
-                                      & (np.linalg.norm(clear, axis=1) > PICK_CLEAR))
-            else:
-                moved, others = bodies[..., :2] - self.start[rows], named[:, None] != np.arange(3)   # (n, 3, 2)
-                self.wrong[rows] = (np.linalg.norm(moved, axis=2) * others).max(1) > PUSH_WRONG
-                self.touch[rows] = sensor[every, named] > 0
-                self.success[rows] = (moved[every, named, 0] > PUSH_DISTANCE) & ~self.wrong[rows]
-
-    def latch(self, ids, terms):
-        """Reward (n,) of environments ids after a control step; updates the latches, adds to terms {name: (N,)}."""
-        touch, success = self.touch & ~self.diverged, self.success & ~self.diverged
-        reach = 1 - np.tanh(5 * np.linalg.norm(self.tcp - self.object, axis=1))
-        progress = 1 - np.clip(np.linalg.norm(self.object - self.goal, axis=1) / self.start_distance, 0, 1)
-        for name, value in zip(REWARD_TERMS, (reach, touch, progress, success)):
-            terms[name][ids] += value[ids]
-        lost = self.succeeded & ~success & ~self.lost
-        first = REWARD_TOUCH * (touch & ~self.touched) + REWARD_SUCCESS * (success & ~self.succeeded)
-        for latch, now in ((self.touched, touch), (self.succeeded, success), (self.lost, lost)):
-            latch[ids] |= now[ids]
-        return ((reach + touch + progress + success) / 4 if self.dense else first + REWARD_LOST * lost)[ids]
-
-    def observe(self, ids):
-        """Observation of environments ids: images (n, H, W, 3) uint8 (absent if image_size is 0), instructions, a list
-        of n strings, state (n, 8) float32, and truth (n, 16) float32: tool, named object, goal from LOOK_AT [10 cm],
-        gripper opening [10 cm], touched before, time left / 80 steps, task (one-hot). Fresh arrays."""
-        state, points = np.zeros((len(ids), 8), np.float32), np.stack([self.tcp, self.object, self.goal], 1)[ids]
-        state[:, :3], state[:, 3:6], state[:, 6] = self.tcp[ids], euler_of(self.frame[ids]), self.opening[ids]
-        left, task = (self.horizon - self.steps)[ids] / 80, self.task[ids, None] == np.array(list(TASKS))
-        points = ((points - LOOK_AT) * 10).reshape(-1, 9)
-        truth = np.column_stack([points, 10 * state[:, 6], self.touched[ids], left, task])      # (n, 16)
-        obs = dict(instructions=list(self.instruction[ids]), state=state, truth=truth.astype(np.float32))
-        if self.image_size:
-            open_gl()
-            for i in ids:
-                drawn, step = self.drawn[i], self.steps[i]
-                if step == 0 or not drawn.repeats[step]:
-                    image, seconds = self.scenes[self.scene_of[i]].render(i, self.tcp[i], drawn)
-                    self.images[i] = process_image(image, drawn, step)
-                    self.seconds["gl"], self.frames = self.seconds["gl"] + seconds, self.frames + 1
-            obs["images"] = self.images[ids]                   # a copy
-        return obs
-
-    def landmarks(self):
-        """(N, 3, 5) float32 of tool, named object (or handle) and goal: position xyz [m], and where the picture shows
-        it, from -1 left to 1 right and from -1 top to 1 bottom. Labels for auxiliary losses."""
-        xyz = np.stack([self.tcp, self.object, self.goal], 1)                               # (N, 3, 3)
-        seen = np.stack([(points - one.eye) @ one.view.T for points, one in zip(xyz, self.drawn)])
-        zoom = np.tan(np.radians([one.fovy for one in self.drawn]) / 2)[:, None, None]
-        return np.concatenate([xyz, seen[..., :2] / seen[..., 2:] / zoom], 2).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------- experts
-# Waypoints: reference, offset [m], gripper, tolerance [m], most steps, and the distance [m] between tool and object
-# beyond which (0 = none) it was lost and the plan starts again. A reference is the object or the goal, wherever it is
-# by then, or the tool where it was when the waypoint began. When the gripper changes, the plan waits for the fingers.
-PLANS = {
-    "pick-place": (("object", (0, 0, .09), 1, .012, 25, 0), ("object", (0, 0, 0), 1, .005, 25, 0),
-                   ("tool", (0, 0, .12), -1, .02, 8, .06), ("goal", (0, 0, .15), -1, .01, 25, .06),
-                   ("goal", (0, 0, .075), -1, .01, 25, .06), ("tool", (0, 0, .09), 1, .02, 8, 0)),
-    "push-cube": (("object", (-.075, 0, .10), -1, .012, 25, 0), ("object", (-.075, 0, -.003), -1, .008, 25, 0),
-                  ("object", (.08, 0, -.003), -1, 0, 8, .10), ("tool", (0, 0, .12), -1, .03, 8, 0)),
-    "open-drawer": (("object", (0, 0, .10), 1, .012, 25, 0), ("object", (0, 0, .003), 1, .006, 25, 0),
-                    ("goal", (0, .01, .003), -1, .01, 12, .05), ("tool", (0, 0, .12), 1, .03, 8, 0)),
-    "close-drawer": (("object", (0, .05, .10), -1, .015, 25, 0), ("object", (0, .05, 0), -1, .01, 25, 0),
-                     ("goal", (0, -.03, 0), -1, .01, 12, 0), ("tool", (0, .03, .10), -1, .03, 8, 0))}
-
-
-class Expert:
-    """Closed-loop scripted demonstrator of every environment in env, from the simulator's state.
-        expert = Expert(env);     executed, label = expert.act();     env.step(executed[:, None])
-    style "expert": precise. With noise > 0 [m] it executes label + N(0, sigma), sigma ~ U(0, noise) once an episode:
-    such demonstrations contain recoveries while their labels stay clean (DART, Laskey et al. 2017).
-    style "teleop": an imperfect person: slower or faster, a few mm off, with pauses, an overshoot and correlated noise;
-    label = executed, as in a recording. What happens in an episode depends on the episode only, not on num_envs."""
-
-    SPEED, TURN_SPEED = .036, .18                              # m and rad a control step
-
-    def __init__(self, env, style="expert", noise=0.):
-        if style not in ("expert", "teleop") or not 0 <= noise <= .02:
-            raise ValueError(f"Expert: got style {style!r}, noise {noise!r}; need expert or teleop, noise 0 to .02 m")
-        self.env, self.teleop, self.noise, self.plan, self.habit = env, style == "teleop", noise, {}, {}
-
-    def act(self):
-        """Next actions: executed (N, 7) and label (N, 7), see the class."""
-        executed, label = np.zeros((2, self.env.num_envs, 7))
-        for i, rng in enumerate(self.env.acting):
-            if i not in self.plan or self.habit[i].rng is not rng:     # a new episode
-                self.habit[i] = types.SimpleNamespace(
-                    rng=rng, drift=np.zeros(6), pause=0, grip=1., speed=rng.uniform(.6, 1.1) if self.teleop else 1.,
-                    offset=rng.normal(0, .003, 3) * self.teleop, overshoot=rng.uniform(.01, .02) * self.teleop,
-                    sigma=.0012 if self.teleop else rng.uniform(0, self.noise))
-                self.plan[i] = self.follow(i)
-            habit = self.habit[i]
-            habit.drift = rng.normal(0, 1, 6) + (.7 * habit.drift if self.teleop else 0)
-            habit.pause = rng.integers(1, 4) if self.teleop and rng.random() < .02 else max(habit.pause - 1, 0)
-            label[i] = (0, 0, 0, 0, 0, 0, habit.grip) if habit.pause else next(self.plan[i])
-            habit.grip = label[i, 6]
-            executed[i] = label[i] + np.append(habit.sigma * habit.drift * (1, 1, 1, 3, 3, 3), 0)
-        executed = np.clip(executed, -ACTION_LIMIT, ACTION_LIMIT)
-        return executed, executed.copy() if self.teleop else label
-
-    def follow(self, i):
-        """Generator of the actions (7,) of environment i; looks at the scene before each."""
-        env, habit, grip = self.env, self.habit[i], PLANS[self.env.task[i]][0][2]
-        while True:
-            for reference, offset, wanted, tolerance, most, leash in PLANS[env.task[i]]:
-                for k in range(8 * (wanted != grip)):          # until the fingers stand still
-                    yield np.array([0, 0, 0, 0, 0, 0, wanted])
-                    if k > 0 and env.finger_speed[i] < .004:
-                        break
-                grip, tool = wanted, env.target[i].copy()
-                for _ in range(most):
-                    where = dict(object=env.object[i], goal=env.goal[i], tool=tool)[reference]
-                    where = where + env.mirror[i] * offset
-                    gap = np.clip(where + habit.offset, *WORKSPACE) - env.target[i]
-                    distance, turn = np.linalg.norm(gap), 0.
-                    if env.scene_of[i] == "pick" and reference == "object":    # align the wrist, to half a turn
-                        heading = np.arctan2(env.target_frame[i, 1, 0], env.target_frame[i, 0, 0])
-                        turn = (env.object_yaw[i] - heading + np.pi / 2) % np.pi - np.pi / 2
-                    lost = leash and np.linalg.norm(env.tcp[i] - env.object[i]) > leash
-                    if lost or (distance < tolerance and abs(turn) < .06):
-                        break
-                    if habit.overshoot and tolerance <= distance < self.SPEED:     # once: a little too far, then back
-                        gap, habit.overshoot = gap * (1 + habit.overshoot / max(distance, .01)), 0
-                    gap *= min(1, self.SPEED * habit.speed / max(np.linalg.norm(gap), 1e-9))
-                    turn = np.clip(turn, -self.TURN_SPEED, self.TURN_SPEED)
-                    yield np.append(np.array([*gap, 0, 0, turn]) / env.scale[i], grip)
-                if lost:
-                    break
-            while env.success[i]:                              # with run_to_horizon: rest
-                yield np.array([0, 0, 0, 0, 0, 0, grip])
-
-
-# ---------------------------------------------------------------------------------------------------- demo
-def wilson(k, n):
-    """95 % Wilson interval (low, high) of success rates k / n."""
-    centre, half = (k + 1.92) / (n + 3.84), 1.96 * np.sqrt(k * (n - k) / n + .96) / (n + 3.84)
-    return np.maximum(centre - half, 0.), np.minimum(centre + half, 1.)
-
+# ---- demo ----------------------------------------------------------------------------------
 def run_expert(env, episodes, style="expert", noise=0., frames=None):
-    """Success (episodes,) bool and length (episodes,) int of the demonstrator on episodes 0, 1, ... of env. Appends the
-    pictures of environment 0 to the list `frames`, if given."""
-    obs, expert = env.reset(), Expert(env, style, noise)
-    success, length = np.zeros(episodes, bool), np.zeros(episodes, int)
+    """Return success (episodes,) bool and length (episodes,) int of the demonstrator.
+
+    It plays episodes 0, 1, ...; the images of environment 0 are appended to the list `frames`.
+    """
+    obs = env.reset(first_episode=0)
+    expert = Expert(env, style, noise)
+    success = np.zeros(episodes, bool)
+    length = np.zeros(episodes, int)
     while (length == 0).any():
-        shown, (obs, *_, info) = obs, env.step(expert.act()[0][:, None])
         if frames is not None:
-            frames += [shown["images"][0], *(info["final_obs"]["images"] if 0 in info["ended"] else ())]
+            frames.append(obs["images"][0])
+        obs, _, _, _, info = env.step(expert.act()[0][:, None])
         done = info["ended"][info["episode"][info["ended"]] < episodes]
-        success[info["episode"][done]], length[info["episode"][done]] = info["success"][done], info["length"][done]
+        success[info["episode"][done]] = info["success"][done]
+        length[info["episode"][done]] = info["length"][done]
     return success, length
 
-def speed(task, num_envs=32, steps=40):
-    """Of one process at 64 px: environment steps/s; OpenGL frames/s; share of the time in neither mj_step nor OpenGL;
-    frames/s of mujoco.Renderer on the same scene in MuJoCo's default quality."""
-    env, total = VecEnv(task, num_envs=num_envs), 0.
-    env.reset()
-    expert, env.seconds, env.frames = Expert(env), dict(physics=0., gl=0.), 0
-    for _ in range(steps):
-        action, before = expert.act()[0][:, None], time.perf_counter()
-        env.step(action)
-        total += time.perf_counter() - before
-    xml = scene_xml(TASKS[task].scene, 64).replace(FAST, "").replace('castshadow="false"', "")
-    model = mujoco.MjModel.from_xml_string(xml)
-    data, renderer, before = mujoco.MjData(model), mujoco.Renderer(model, 64, 64), time.perf_counter()
-    mujoco.mj_forward(model, data)
-    for _ in range(20):
-        renderer.update_scene(data, camera=0)
-        renderer.render()
-    return (num_envs * steps / total, env.frames / env.seconds["gl"], 1 - sum(env.seconds.values()) / total,
-            20 / (time.perf_counter() - before))
 
 def main():
-    parser = argparse.ArgumentParser(description="Demo: pictures, videos, expert success, the sim-real gap, speed.")
-    parser.add_argument("--out", default="runs/envs", help="folder for the pictures and videos")
-    parser.add_argument("--episodes", type=int, default=60, help="expert episodes per task and domain, >= 1")
-    args, sheet = parser.parse_args(), []
-    os.makedirs(args.out, exist_ok=True)
+    """Write a contact sheet and videos; print the success of the demonstrators and the speed."""
     import imageio
-    print("The gap between sim and real (the stand-in for a robot); (low, high) is drawn in each episode")
-    for part, rows in PARAMETERS.items():
-        for name, (sim, real, _) in rows.items():
-            print(f"  {part:9}{name:16}{str(sim):60.59}{str(real):.59}")
-    print(f"\nSuccess of the demonstrators, n = {args.episodes} (episodes 0.. of seed 0), 95 % Wilson interval")
-    for domain in ("sim", "real"):
-        for task in TASKS:
-            run_expert(VecEnv(task, domain, image_size=224), 1, frames=(frames := []))
-            imageio.mimwrite(f"{args.out}/{task}-{domain}.mp4", frames, fps=5, macro_block_size=1)
-            sheet.append(np.concatenate([frames[0], frames[-1]], 1))
-            for style in ("expert", "teleop"):
-                success, length = run_expert(VecEnv(task, domain, 20, image_size=0), args.episodes, style)
-                low, high = wilson(success.sum(), args.episodes)
-                print(f"  {domain:5}{task:13}{style:7}{success.mean():7.1%}  [{low:.1%}, {high:.1%}]  "
-                      f"{length.mean():.1f} steps")
-    sheet = [np.concatenate(sheet[k:k + 4], 1) for k in (0, 4)]
-    imageio.imwrite(f"{args.out}/contact-sheet.png", np.concatenate(sheet))
-    print(f"\nSpeed of one process, 32 environments, 64 px; OpenGL on {gl_renderer_name()}")
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", default="runs/envs", help="folder for the images and videos")
+    parser.add_argument("--episodes", type=int, default=60, help="per task and domain")
+    args = parser.parse_args()
+    os.makedirs(args.out, exist_ok=True)
+    n = args.episodes
+    sheet = []
+    print(f"Success of the demonstrators on n = {n} episodes, 95 % Wilson interval")
     for task in TASKS:
-        print("  {:13}{:5.0f} environment steps/s {:6.0f} frames/s  glue {:.0%} mujoco.Renderer {:.0f} frames/s".format(
-            task, *speed(task)))
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        both = sum(rate for rate, *_ in pool.map(speed, ["pick-place"] * 2, chunksize=1))
-    print(f"  two processes: {both:.0f} environment steps/s on pick-place\ncontact-sheet.png, 8 videos: {args.out}")
+        for domain, style in (("sim", "expert"), ("real", "teleop")):
+            frames = []
+            run_expert(make_env(task, domain, image_size=224), 1, style, frames=frames)
+            video = f"{args.out}/{task}-{domain}.mp4"
+            imageio.mimwrite(video, frames, fps=CONTROL_HZ, macro_block_size=1)
+            sheet.append(np.concatenate([frames[0], frames[-1]]))
+            success, length = run_expert(make_env(task, domain, 20, image_size=0), n, style)
+            k = success.sum()
+            centre = (k + 1.92) / (n + 3.84)
+            half = 1.96 * np.sqrt(k * (n - k) / n + .96) / (n + 3.84)
+            print(f"  {task:13}{domain:5}{style:7}{k / n:7.1%}  [{centre - half:.1%}, "
+                  f"{centre + half:.1%}]  {length.mean():.1f} control steps")
+    imageio.imwrite(f"{args.out}/contact-sheet.png", np.concatenate(sheet, 1))
+    env = make_env("all", num_envs=32)
+    env.reset()
+    began = time.perf_counter()
+    for _ in range(20):
+        env.step(np.zeros((32, 1, 7)))
+    speed = 20 * 32 / (time.perf_counter() - began)
+    print(f"Speed: {speed:.0f} control steps/s with 64 px images, one process\n"
+          f"contact-sheet.png and videos: {args.out}")
+
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

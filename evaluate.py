@@ -1,28 +1,41 @@
-"""How often a policy succeeds: rates with intervals, paired comparisons, videos, figures.
+"""Measures how often a policy succeeds: success rates, paired comparisons, videos, figures.
 
-    python evaluate.py --checkpoint runs/sft/policy --task open-drawer
-    python evaluate.py --checkpoint runs/sft/policy runs/co/policy --task all       # the second against the first
-    python evaluate.py --checkpoint pi05 --task push-cube --ablation shuffled-instruction     # does it read at all?
-    python evaluate.py --curves runs/*/metrics.jsonl                                # learning curves of several runs
+    success rate    p = k / n: k successes in n episodes, with a 95 % Wilson interval
+    comparison      of two checkpoints on the same n scenes: McNemar's exact test, and a 95 %
+                    interval of the difference of their success rates
 
-Domains    sim, and "stand-in": the second MuJoCo domain, which takes the place of the real robot; none is attached.
-Scenes     episode k of (seed, task, domain, variant) is always the same scene; every checkpoint gets the same ones,
-           which is what makes a paired comparison possible. No demonstration is recorded with this seed.
-Blocks     episodes b * N .. b * N + N - 1 are block b, N = --num-envs: one batch of environments with a generator of
-           its own for the noise of the policy. Blocks can be run in any order by any number of processes, the results
-           are the same bit for bit (on one kind of CPU; GPU kernels may differ). Another N gives other noise.
-Decoding   auto: OpenVLA samples at temperature 0.6, as RL4VLA and RLinf evaluate: by its likeliest tokens a policy can
-           stand still or push at one place for ever, and Stage I's does (results/all-tasks/decoding.txt). pi0.5
-           integrates the plain ODE, from noise. greedy: argmax, or the ODE. sampled: with the noise of RL.
-Failures   "looked wrong": the tool never touched the named thing (pick-place: never held it); "moved wrong": it did.
-           Touch is looked for at the ends of control steps: a short knock between two of them goes unnoticed.
-Ablations  checks of the benchmark. blank-image: everything is grey. shuffled-instruction: it names another cube that
-           is on the table, or another task. Whoever succeeds all the same does not look, or does not listen.
-Gap        --gap dynamics: the stand-in differs from sim in that part alone. What does a part cost?
-Output     OUT/result.json, success.png, videos/; curves.png
+    python evaluate.py --checkpoint runs/sft --task open-drawer
+    python evaluate.py --checkpoint runs/sft runs/co --task all     # second against first
+    python evaluate.py --checkpoint runs/co --task push-cube --ablation shuffled-instruction
+    python evaluate.py --curves runs/*/metrics.jsonl                # learning curves of runs
+
+Checkpoint  A bundled name (openvla, pi05), a folder or a hub id. The folder of a run, RUN,
+            stands for the policy in it, RUN/policy.
+Domains     sim, and "stand-in": the domain `real` of envs.py, a second simulation that takes
+            the place of the real robot. No robot is attached.
+Scenes      Episode k of (seed, task, domain, variant) is the same scene for every checkpoint,
+            which makes paired comparisons possible. Demonstrations and RL use other seeds.
+Blocks      Episodes 25 b .. 25 b + 24 are block b: one batch of environments, with a generator
+            of its own for the policy's noise. Blocks give the same results in any order, on any
+            number of processes or ranks (bit for bit on one kind of CPU; GPU kernels may
+            differ). Stage I, Stage II and this script all run these blocks, so a checkpoint has
+            one success rate.
+Decoding    deploy: OpenVLA samples its tokens at temperature 0.6, as RL4VLA and RLinf evaluate,
+            because its most likely tokens can keep the robot still for ever; pi0.5 integrates
+            the ODE without noise. greedy: argmax, or that ODE. sample: with the noise of RL.
+Failures    Untouched: the tool never touched the object that the instruction names (pick-place:
+            it never held it), which hints at perception. The other failures did, which hints at
+            control. Touch is measured at the ends of control steps: short contacts are missed.
+Ablations   blank-image: every image is grey. shuffled-instruction: the instruction names
+            another cube on the table, or another task. A policy that still succeeds ignores the
+            image or the instruction.
+Output      OUT/result.json (the command, versions, every episode), success.png, videos/; with
+            --curves, OUT/curves.png
 """
 import argparse
+import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import json
 import math
@@ -32,10 +45,10 @@ import pathlib
 import shlex
 import signal
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
-import envs                             # first: it chooses the OpenGL backend before mujoco is imported
+import envs                 # first: it chooses the OpenGL backend before mujoco is imported
 import imageio
 import numpy as np
 import torch
@@ -43,424 +56,624 @@ from tqdm import tqdm
 
 import policies
 
-EVAL_SEED = 999_983                     # of the scenes of every evaluation; demonstrations must have another
-EVAL_TEMPERATURE = .6                   # of OpenVLA's tokens in evaluations
-NAMES = dict(sim="sim", real="stand-in", pretrain="pretrain")
-DECODING, ABLATIONS = ("auto", "greedy", "sampled"), ("none", "blank-image", "shuffled-instruction")
-GREEN, RED = (0, 160, 90), (214, 60, 40)           # borders of successes and of failures
+EVAL_SEED = 999_983         # seed of all scenes of evaluations; demonstrations and RL use others
+BLOCK = 25                  # environments of a block; another number gives the policy other noise
+NAMES = dict(sim="sim", real="stand-in", pretrain="pretrain")      # names of domains in tables
+ABLATIONS = ("none", "blank-image", "shuffled-instruction")
+Z = 1.96                    # normal quantile of a two-sided 95 % interval
+GREEN = (0, 160, 90)        # border of a success in videos, RGB
+RED = (214, 60, 40)         # border of a failure
 
-# ---- episodes ------------------------------------------------------------------------------------------------
 
-def evaluate(policy, task, domain, episodes, variant="seen", seed=EVAL_SEED, num_envs=25, blocks=None, decoding="auto",
-             frames=0, ablation="none", temperature=EVAL_TEMPERATURE, bar=None, gap=tuple(envs.PARAMETERS)):
-    """Runs a policy on the scenes 0 .. episodes - 1, in this process. task, domain, variant: as in envs.VecEnv.
-    blocks: those to run, of ceil(episodes / num_envs); None = all. Rank r of w takes range(r, that, w).
-    frames: of each block, keep the pictures of that many successes and as many failures.    bar: a tqdm, or None.
-    gap: the parts in which the stand-in differs from sim, of visual, dynamics, objects.
-    Returns dicts in the order of `blocks`: episode, success, steps (control steps of 0.2 s), touched, failure (pushed
-    the wrong cube), diverged, closest_m (least distance [m] of tool and named object when the policy was asked),
-    instruction; and frames, a list of (H, W, 3) uint8, one a control step and the last.    Raises ValueError."""
-    wrong, count = [], math.ceil(episodes / max(num_envs, 1))
-    blocks = range(count) if blocks is None else list(blocks)
-    policies.expect(min(episodes, num_envs) > 0, "episodes, num_envs", (episodes, num_envs), "1 or more", "100", wrong)
-    policies.expect(all(0 <= block < count for block in blocks), "blocks", blocks, f"0 to {count - 1}", "None", wrong)
-    policies.expect(decoding in DECODING, "decoding", repr(decoding), f"one of {DECODING}", "'auto'", wrong)
-    policies.expect(set(gap) <= set(envs.PARAMETERS), "gap", gap, f"of {', '.join(envs.PARAMETERS)}", "()", wrong)
-    policies.expect(ablation in ABLATIONS, "ablation", repr(ablation), f"one of {ABLATIONS}", "'none'", wrong)
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    tokens, before, records = "temperature" in policy.settings, dict(policy.settings), []
-    differs = envs.Gap(**{part: part in gap for part in envs.PARAMETERS})
-    env = None
-    if blocks:
-        env = envs.VecEnv(task, domain, min(num_envs, episodes), seed, policy.image_size, variant, gap=differs)
-    if tokens:
-        policy.settings["temperature"] = temperature
-    try:
-        for block in blocks:
-            some = play(policy, env, block, episodes, decoding == "greedy" or decoding == "auto" and not tokens,
-                        ablation, frames, bar)
-            keep_frames(some, frames)
-            records += some
-    finally:
-        policy.settings.update(before)
+# ---- episodes -----------------------------------------------------------------------------------
+
+def run_episodes(policy, task, domain, episodes, *, variant="seen", seed=EVAL_SEED, blocks=None,
+                 decoding="deploy", ablation="none", frames=0, bar=None, env=None):
+    """Run a policy on the scenes 0 .. episodes - 1.
+
+    policy    whatever passes policies.check_policy
+    blocks    the blocks to run, of ceil(episodes / BLOCK); None: all
+    frames    keep the images of that many successes and as many failures of each block
+    bar       a Progress bar, or None
+    env       an environment of your own that keeps the contract envs.Env; task, domain and
+              variant then do nothing, and its num_envs takes the place of BLOCK
+
+    Returns a list of dicts, in the order of `blocks`: episode; instruction; success; steps
+    (control steps); touched (the object was touched); failure (the wrong cube was pushed);
+    diverged; and, if kept, frames: (H, W, 3) uint8 images, one for each control step and the
+    last. Raises ValueError.
+    """
+    size = min(BLOCK, episodes) if env is None else env.num_envs
+    count = math.ceil(episodes / max(size, 1))
+    blocks = list(range(count) if blocks is None else blocks)
+    outside = [block for block in blocks if not 0 <= block < count]
+    problems = policies.Problems()
+    problems.need(episodes > 0, "episodes", episodes, "1 or more", "100")
+    problems.need(not outside, "blocks", outside, f"0 to {count - 1}", "blocks=None, for all")
+    for what, got, known in (("decoding", decoding, policies.DECODINGS),
+                             ("ablation", ablation, ABLATIONS)):
+        problems.need(got in known, what, got, f"one of {', '.join(known)}", known[0])
+    problems.stop()
+    if not blocks:
+        return []
+    if env is None:
+        options = dict(variant=variant, auto_reset=False)
+        env = envs.make_env(task, domain, size, seed, policy.image_size, **options)
+    records = []
+    for block in blocks:
+        some = run_block(
+            policy, env, block, episodes, seed, decoding, ablation, frames > 0, bar
+        )
+        keep_frames(some, frames)
+        records += some
     return records
 
-def play(policy, env, block, episodes, deterministic, ablation, frames, bar):
-    """One block: each environment of env runs one episode, those that have ended wait for the others. What happens
-    depends on nothing but the block: also the policy's batch, the environments still running, and so its noise."""
-    env.first_episode = block * env.num_envs
-    obs, own_seed = env.reset(), int(np.random.SeedSequence([env.seed, block]).generate_state(1)[0])
-    noise = torch.Generator(policy.device).manual_seed(own_seed)
-    told = wrong_instructions(env) if ablation == "shuffled-instruction" else obs["instructions"]
-    records = [dict(episode=int(k), instruction=text, closest_m=math.inf) | ({"frames": []} if frames else {})
-               for k, text in zip(env.episode, told)]
-    running = np.flatnonzero(env.episode < episodes)           # the last block may be smaller
-    records = [record for record in records if record["episode"] < episodes]
-    for i in range(len(running), env.num_envs):
-        env.drawn[i].repeats[:] = True                         # nobody looks: not rendered
+
+def run_block(policy, env, block, episodes, seed, decoding, ablation, film, bar):
+    """Run one episode in each environment; those that have ended wait for the others.
+
+    What happens depends on (seed, block) only: this holds for the scenes, for the generator of
+    the policy's noise, and for the policy's batch, the M environments that still run.
+    """
+    first = block * env.num_envs
+    obs = env.reset(first_episode=first)
+    noise_seed = int(np.random.SeedSequence([seed, block]).generate_state(1)[0])
+    generator = torch.Generator(policy.device).manual_seed(noise_seed)
+    instructions = obs["instructions"]
+    if ablation == "shuffled-instruction":
+        instructions = env.wrong_instructions()
+    running = np.arange(min(env.num_envs, episodes - first))    # the last block may be smaller
+    records = []
+    for i in running.tolist():
+        record = dict(episode=first + i, instruction=instructions[i], steps=0, frames=[])
+        records.append(record)
     while len(running):
-        images, before = obs["images"][running], env.steps.copy()
-        images = np.full_like(images, 128) if ablation == "blank-image" else images
-        for i, distance in zip(running, np.linalg.norm(env.tcp - env.object, axis=1)[running]):
-            records[i]["closest_m"] = min(records[i]["closest_m"], float(distance))
-        extra = dict(state=obs["state"][running]) if policies.reads_state(policy.settings) else {}
-        chunk = policy.act(images, [told[i] for i in running], deterministic, noise, **extra).actions.cpu().numpy()
-        actions = np.zeros((env.num_envs, *chunk.shape[1:]))   # (N, K, 7); who has ended stands still
-        actions[running] = chunk
+        images = shown(obs["images"][running], ablation)        # (M, H, W, 3)
+        told = [instructions[i] for i in running]
+        state = obs["state"][running] if policy.reads_state else None       # (M, 8)
+        decision = policy.act(
+            images, told, state=state, decoding=decoding, generator=generator
+        )
+        chunk = decision.actions.cpu().numpy()                  # (M, K, 7)
+        actions = np.zeros((env.num_envs, *chunk.shape[1:]), np.float32)
+        actions[running] = chunk            # environments that have ended get zeros
         obs, _, _, _, info = env.step(actions)
-        if frames:                                             # between two decisions the policy is blind: so are we
-            for i, image in zip(running, images):
-                records[i]["frames"] += [image] * int(info["length"][i] - before[i])
+        for i, image in zip(running, images):
+            steps = int(info["length"][i])
+            if film:                        # the policy sees no other image during a chunk
+                records[i]["frames"] += [image] * (steps - records[i]["steps"])
+            records[i]["steps"] = steps
         for row, i in enumerate(info["ended"]):
-            env.drawn[i].repeats[:] = True                     # nobody looks: its next episode is not rendered
-            if i in running:
-                records[i].update(success=bool(info["success"][i]), steps=int(info["length"][i]), **{
-                    name: bool(info[name][i]) for name in ("touched", "failure", "diverged")})
-                if frames:
-                    last = info["final_obs"]["images"][row]
-                    records[i]["frames"].append(np.full_like(last, 128) if ablation == "blank-image" else last)
-                tick(bar, [records[i]])
+            if i not in running:            # a later episode: this environment resets itself
+                continue
+            for name in ("success", "touched", "failure", "diverged"):
+                records[i][name] = bool(info[name][i])
+            if film:
+                last = info["final_obs"]["images"][row]
+                records[i]["frames"].append(shown(last, ablation))
+            if bar is not None:
+                bar.add([records[i]])
         running = np.setdiff1d(running, info["ended"])
     return records
 
-def wrong_instructions(env):
-    """For every environment the instruction for another cube that is there, or for another task: a list of N."""
-    texts = []
-    for i, task in enumerate(env.task):
-        colour = None
-        if task == "push-cube":                                # the scene knows the cubes' colours, not their names
-            scene = env.scenes["push"]
-            rgb = scene.field("geom_rgba")[i, scene.model.geom(f"cube{(env.named[i] + 1) % 3}").id, :3]
-            colour = min(env.drawn[i].cubes, key=lambda cube: np.abs(rgb - cube[1]).sum(-1).min())[0]
-        other = {"push-cube": task, "open-drawer": "close-drawer"}.get(task, "open-drawer")
-        texts.append(envs.TASKS[other].instruction.format(colour=colour))
-    return texts
+
+def shown(images, ablation):
+    """Return the images that the policy gets to see."""
+    if ablation == "blank-image":
+        return np.full_like(images, 128)
+    return images
+
 
 def keep_frames(episodes, count):
-    """Forget the pictures of all but the first `count` successes and `count` failures."""
-    for outcome in (True, False):
-        for episode in [each for each in episodes if each["success"] == outcome][count:]:
+    """Remove the frames of all but the first `count` successes and `count` failures."""
+    for success in (True, False):
+        outcome = [episode for episode in episodes if episode["success"] == success]
+        for episode in outcome[count:]:
             episode.pop("frames", None)
 
-def tick(bar, episodes):
-    """Move a tqdm bar, if there is one, by the episodes that ended; it shows the success rate so far."""
-    if bar is not None:
-        bar.wins = getattr(bar, "wins", 0) + sum(each["success"] for each in episodes)
-        bar.update(len(episodes))
-        bar.set_postfix_str(f"success {bar.wins / bar.n:.0%}")
 
-# ---- numbers -------------------------------------------------------------------------------------------------
+def success_rates(policy, tasks, domains, episodes, rank=0, world=1, frames=0, label=""):
+    """Evaluate a policy on all ranks together; rank 0 prints a line for each task and domain.
+
+    Both training stages print their success rates with this function. Rank r of `world` runs
+    the blocks r, r + world, ... of each task and domain. episodes: 0 evaluates nothing.
+    frames: keep the images of that many successes and failures. label: start of the lines.
+    Returns {"stand-in/open-drawer": episodes, see run_episodes}, on every rank those of all.
+    """
+    results = {}
+    blocks = range(rank, math.ceil(episodes / BLOCK), world)
+    share = sum(min(BLOCK, episodes - BLOCK * block) for block in blocks)
+    for domain, task in itertools.product(domains, tasks):
+        if episodes == 0:
+            continue
+        name = f"{NAMES[domain]}/{task}"
+        with Progress(total=share, desc=name, leave=False, disable=rank > 0) as bar:
+            own = run_episodes(
+                policy, task, domain, episodes, blocks=blocks, frames=frames, bar=bar
+            )
+        parts = [own]
+        if world > 1:
+            parts = [None] * world
+            torch.distributed.all_gather_object(parts, own)
+        together = itertools.chain.from_iterable(parts)
+        results[name] = sorted(together, key=lambda record: record["episode"])
+        keep_frames(results[name], frames)
+        if rank == 0:
+            row = summary(results[name])
+            interval = f"{row['low']:.1%} - {row['high']:.1%}"
+            tqdm.write(f"{label:14} {NAMES[domain]:9} {task:13} {row['success']:6.1%}   "
+                       f"n {row['n']}, 95 % interval {interval}")
+    return results
+
+
+class Progress(tqdm):
+    """Shows a progress bar: episodes, episodes per second, and the success rate so far."""
+
+    done = 0
+    wins = 0
+
+    def __init__(self, **options):
+        super().__init__(unit="episode", **options)
+
+    def add(self, episodes):
+        """Move the bar by episodes that ended."""
+        self.done += len(episodes)
+        self.wins += sum(episode["success"] for episode in episodes)
+        self.set_postfix_str(f"success {self.wins / self.done:.0%}", refresh=False)
+        self.update(len(episodes))
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+def wilson(k, n):
+    """Return the 95 % interval (low, high) of a success rate k / n; k, n: numbers or arrays."""
+    # (k + z^2 / 2  +-  z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2)            (Wilson 1927)
+    centre = (k + Z**2 / 2) / (n + Z**2)
+    half = Z * np.sqrt(k * (n - k) / n + Z**2 / 4) / (n + Z**2)
+    return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
+
 
 def summary(episodes):
-    """Of a list of episodes, see evaluate(): k successes of n, success = k / n, its 95 % Wilson interval low, high;
-    mean control steps of all episodes, and of the successes (None if there is none); how many touched the named thing,
-    pushed the wrong cube (failure), diverged; and how many of the failures looked wrong, moved wrong."""
-    policies.expect(len(episodes), "summary", "no episodes", "1 or more", "another block or rank")
-    won, lost = ([each for each in episodes if each["success"] == outcome] for outcome in (True, False))
-    low, high = map(float, envs.wilson(len(won), len(episodes)))
-    steps, won_steps = ([each["steps"] for each in some] for some in (episodes, won))
-    return dict(k=len(won), n=len(episodes), success=len(won) / len(episodes), low=low, high=high,
-                steps=float(np.mean(steps)), steps_success=float(np.mean(won_steps)) if won else None,
-                **{name: sum(each[name] for each in episodes) for name in ("touched", "failure", "diverged")},
-                looked_wrong=sum(not each["touched"] for each in lost), moved_wrong=sum(e["touched"] for e in lost))
+    """Sum up a list of episodes, see run_episodes. Raises ValueError if there is none.
+
+    Returns k successes of n, success = k / n with its Wilson interval low, high; steps, the
+    mean number of control steps; and how many episodes touched the object, ended by the wrong
+    cube (failure), diverged, or failed without touching the object (untouched).
+    """
+    n = len(episodes)
+    if n == 0:
+        raise ValueError("summary: got no episodes; need 1 or more; try more episodes")
+    k = sum(episode["success"] for episode in episodes)
+    low, high = wilson(k, n)
+    row = dict(k=k, n=n, success=k / n, low=float(low), high=float(high))
+    row["steps"] = float(np.mean([episode["steps"] for episode in episodes]))
+    for name in ("touched", "failure", "diverged"):
+        row[name] = sum(episode[name] for episode in episodes)
+    row["untouched"] = sum(
+        not episode["touched"] and not episode["success"] for episode in episodes
+    )
+    return row
+
 
 def compare(first, second):
-    """Two lists of the same scenes in the same order. Counts of scenes where both, only_first, only_second, neither
-    succeeded; difference = success of second - first, with a 95 % interval; p of McNemar's exact test.
-        p = min(1, 2 sum_{i <= min(b, c)} C(b + c, i) / 2^(b + c)),       b, c = only_first, only_second
-        interval: d +- 1.96 sqrt((b + c) - (c - b)^2 / n) / n with d = (c - b) / n, after 1/2 was added to each of the
-        four counts (Agresti & Min 2005, "adjusted Wald": keeps its level at small n, where Wald's does not)"""
-    scenes = [[each["episode"] for each in episodes] for episodes in (first, second)]
-    policies.expect(scenes[0] == scenes[1] and scenes[0], "compare", f"{len(scenes[0])} and {len(scenes[1])} episodes",
-                    "the same scenes in the same order", "the same seed, number of episodes and blocks for both")
-    pairs = [(x["success"], y["success"]) for x, y in zip(first, second)]
-    n, b, c = len(pairs), pairs.count((True, False)), pairs.count((False, True))
-    p = min(1., 2 * sum(math.comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (b + c))
+    """Compare two lists of episodes on the same scenes in the same order, else ValueError.
+
+    Returns n; in how many scenes both, only_first, only_second, neither succeeded; difference =
+    success of second - first, with a 95 % interval low, high; p of McNemar's exact test.
+    """
+    scenes = [episode["episode"] for episode in first]
+    if not scenes or scenes != [episode["episode"] for episode in second]:
+        raise ValueError(
+            f"compare: got {len(first)} and {len(second)} episodes; need the same scenes in the "
+            "same order; try the same number of episodes and the same blocks for both"
+        )
+    pairs = [(one["success"], two["success"]) for one, two in zip(first, second)]
+    n = len(pairs)
+    b = pairs.count((True, False))      # only the first
+    c = pairs.count((False, True))      # only the second
+
+    # McNemar's exact test (1947): if both are equally good, each of the b + c scenes on which
+    # they differ is a fair coin.   p = min(1, 2 sum_{i <= min(b, c)} C(b + c, i) / 2^(b + c))
+    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
+    p = min(1.0, 2 * tail / 2 ** (b + c))
+
+    # "Adjusted Wald" interval (Agresti and Min 2005): d +- z sqrt((b + c) - (c - b)^2 / n) / n
+    # with d = (c - b) / n, after 1/2 was added to each of the four counts, so that b + c becomes
+    # b + c + 1, and n becomes n + 2. It holds its level at small n, where Wald's does not.
     centre = (c - b) / (n + 2)
-    half = 1.96 * math.sqrt(b + c + 1 - (c - b) ** 2 / (n + 2)) / (n + 2)
-    return dict(n=n, both=pairs.count((True, True)), only_first=b, only_second=c, neither=pairs.count((False, False)),
-                difference=(c - b) / n, low=max(centre - half, -1.), high=min(centre + half, 1.), p=p)
+    half = Z * math.sqrt(b + c + 1 - (c - b) ** 2 / (n + 2)) / (n + 2)
+    return dict(
+        n=n,
+        both=pairs.count((True, True)),
+        only_first=b,
+        only_second=c,
+        neither=pairs.count((False, False)),
+        difference=(c - b) / n,
+        low=max(centre - half, -1.0),
+        high=min(centre + half, 1.0),
+        p=p,
+    )
 
-# ---- tables and figures --------------------------------------------------------------------------------------
 
-def align(lines, left):
-    """Lists of strings -> text in columns, the first `left` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) if k < left else cell.rjust(width)
-                               for k, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)
+# ---- plumbing: skip on first reading ------------------------------------------------------------
+# ---- tables and figures -------------------------------------------------------------------------
+
+RATES = {               # columns of table(): title -> format of a row
+    "checkpoint": "{checkpoint}",
+    "task": "{task}",
+    "domain": "{domain}",
+    "variant": "{variant}",
+    "success": "{success:.1%}",
+    "95 % interval": "{low:.1%} - {high:.1%}",
+    "n": "{n}",
+    "mean steps": "{steps:.1f}",
+}
+COMPARISONS = {         # columns of comparison_table()
+    "second": "{second}",
+    "first": "{first}",
+    "task": "{task}",
+    "domain": "{domain}",
+    "variant": "{variant}",
+    "both": "{both}",
+    "only first": "{only_first}",
+    "only second": "{only_second}",
+    "neither": "{neither}",
+    "difference": "{difference:+.1%}",
+    "95 % interval": "{low:+.1%} to {high:+.1%}",
+    "p (McNemar)": "{p:.2g}",
+}
+
 
 def table(rows):
-    """Rows, dicts of checkpoint, task, domain, variant and a summary() -> text."""
-    return align([["checkpoint", "task", "domain", "variant", "success", "95 % interval", "n", "mean steps"]] + [
-        [row["checkpoint"], row["task"], NAMES.get(row["domain"], row["domain"]), row["variant"],
-         f"{row['success']:.1%}", f"{row['low']:.1%} - {row['high']:.1%}", str(row["n"]), f"{row['steps']:.1f}"]
-        for row in rows], 4)
+    """Lay out success rates. rows: summary() with checkpoint, task, domain and variant."""
+    return lay_out(rows, RATES, left=4)
+
 
 def comparison_table(rows):
-    """Rows, dicts of first, second, task, domain, variant and a compare() -> text. Differences in points of success."""
-    counts = ("both", "only_first", "only_second", "neither")
-    return align([["second", "first", "task", "domain", "variant", *(name.replace("_", " ") for name in counts),
-                   "difference", "95 % interval", "p (McNemar)"]] + [
-        [row["second"], row["first"], row["task"], NAMES.get(row["domain"], row["domain"]), row["variant"],
-         *(str(row[name]) for name in counts), f"{100 * row['difference']:+.1f}",
-         f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}", f"{row['p']:.2g}"] for row in rows], 5)
+    """Lay out comparisons. rows: compare() with second, first, task, domain and variant."""
+    return lay_out(rows, COMPARISONS, left=5)
+
+
+def lay_out(rows, columns, left):
+    """Return a text table; its first `left` columns are flush left, the others flush right."""
+    lines = [list(columns)]
+    for row in rows:
+        lines.append([text.format(**row) for text in columns.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        cells[:left] = [cell.ljust(width) for cell, width in zip(line[:left], widths)]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
 
 def bar_chart(rows, path):
-    """Success with Wilson intervals: a panel per domain, a group per task, a colour per checkpoint (or method: any
-    label in row["checkpoint"]). Rows as in table()."""
-    from matplotlib.figure import Figure                       # without pyplot: needs no display, keeps no state
-    rows = [dict(row, domain=NAMES.get(row["domain"], row["domain"])) for row in rows]
-    domains, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "checkpoint"))
-    groups = list(dict.fromkeys((row["task"], row["variant"]) for row in rows))
-    several, width = len({variant for _, variant in groups}) > 1, .8 / len(labels)
-    figure = Figure(figsize=(len(domains) * max(3.2, 1.2 * len(groups)), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)
-    for domain, panel in zip(domains, panels[0]):
-        for k, label in enumerate(labels):
-            some = [row for row in rows if (row["domain"], row["checkpoint"]) == (domain, label)]
-            x = [groups.index((row["task"], row["variant"])) + (k - (len(labels) - 1) / 2) * width for row in some]
-            success, low, high = (100 * np.array([row[key] for row in some]) for key in ("success", "low", "high"))
-            errors = np.maximum([success - low, high - success], 0)          # rounding: -1e-17 would be an error
-            panel.bar(x, success, .9 * width, yerr=errors, capsize=3, label=label, color=f"C{k}")
-        panel.set(title=domain if domain != "stand-in" else "stand-in for the real robot", ylim=(0, 102))
-        panel.set_xticks(range(len(groups)), [f"{task}\n{variant}" if several else task for task, variant in groups])
-    panels[0, 0].set_ylabel(f"success [%], n = {', '.join(sorted({str(row['n']) for row in rows}))}, 95 % interval")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    """Draw the rows of table() as bars with their intervals, a colour for each checkpoint."""
+    from matplotlib.figure import Figure        # unlike pyplot, it needs no display
+    groups = {}                                 # checkpoint -> its rows
+    for row in rows:
+        groups.setdefault(row["checkpoint"], []).append(row)
+    width = 0.8 / len(groups)
+    figure = Figure(figsize=(4 + len(rows), 4), layout="constrained")
+    axis = figure.add_subplot(ylim=(0, 1.02), ylabel="success rate, 95 % interval")
+    for k, (label, some) in enumerate(groups.items()):
+        x = np.arange(len(some)) + k * width
+        success = np.array([row["success"] for row in some])
+        ends = np.array([(row["low"], row["high"]) for row in some]).T      # (2, bars)
+        axis.bar(x, success, 0.9 * width, yerr=abs(ends - success), capsize=3, label=label)
+    names = [f"{row['task']}\n{row['domain']}\n{row['variant']}" for row in some]
+    axis.set_xticks(x - k * width / 2, names)           # the middle of each group
+    figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=120)
 
-def curves(runs, path):
-    """Learning curves of Stage II as a PNG. runs: {label: rows of metrics.jsonl}. Of one run: success; reward, which
-    tells of speed when success is complete; losses; size of the steps. Of several: what tells them apart, a colour a
-    run. What none of them has measured gets no panel. Bars are 95 % Wilson intervals of evaluations along the way."""
-    from matplotlib.figure import Figure
-    if len(runs) == 1:
-        panels = {"success rate": ("success", "success/", "sim/", "stand-in/"), "reward per environment": ("reward",),
-                  "loss": ("real", "held_out/real", "value"), "step": ("kl", "clipped", "cosine")}
-    else:
-        panels = {"success on the stand-in": ("stand-in/",), "success while training, in sim": ("success",),
-                  "L_SFT on held-out demonstrations": ("held_out/real",), "reward per environment": ("reward",)}
-    matching = lambda rows, wanted: [key for key in dict.fromkeys(key for row in rows for key in row)
-                                     if key in wanted or key[:key.find("/") + 1] in wanted]
-    panels = {title: wanted for title, wanted in panels.items()
-              if any(matching(rows, wanted) for rows in runs.values())} or panels
-    figure = Figure(figsize=(4 * len(panels), 3.6))
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (title, wanted) in zip(axes[0], panels.items()):
-        for colour, (label, rows) in enumerate(runs.items()):
-            for name in matching(rows, wanted):
-                some = [row for row in rows if name in row]
-                x, y = [row["step"] for row in some], np.array([row[name] for row in some])
-                style = dict(label=name) if len(runs) == 1 else dict(label=label, color=f"C{colour}")
-                if name.startswith(("sim/", "stand-in/")) and all("eval_episodes" in row for row in some):
-                    n = np.array([row["eval_episodes"] for row in some])
-                    bars = np.abs(np.array(envs.wilson(y * n, n)) - y)         # (2, evaluations)
-                    axis.errorbar(x, y, bars, capsize=2, **style)
-                else:
-                    axis.plot(x, y, **style)
-        axis.set(xlabel="iteration", title=title)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
 
-def framed(image, success, border=True):
-    """A picture (H, W, 3) enlarged to about 256 pixels, with a border: green for a success, red for a failure."""
+# Metrics that curves() draws, by name or by what stands before the slash (held_out/real).
+CURVES = ("success", "reward", "ppo", "real", "loss", "held_out", "kl", "clipped", "cosine")
+
+
+def curves(runs, path):
+    """Draw learning curves as a PNG: a panel for each metric of CURVES, a line for each run.
+
+    runs: {label: rows of metrics.jsonl}
+    """
+    from matplotlib.figure import Figure
+    every_row = itertools.chain.from_iterable(runs.values())
+    measured = dict.fromkeys(itertools.chain.from_iterable(every_row))
+    names = [name for name in measured if name.split("/")[0] in CURVES]
+    columns = min(4, max(1, len(names)))
+    lines = max(1, math.ceil(len(names) / columns))
+    figure = Figure(figsize=(4 * columns, 3.5 * lines), layout="constrained")
+    for k, name in enumerate(names, 1):
+        axis = figure.add_subplot(lines, columns, k, title=name, xlabel="step")
+        for label, rows in runs.items():
+            rows = [row for row in rows if name in row]
+            steps = [row["step"] for row in rows]
+            axis.plot(steps, [row[name] for row in rows], label=label)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def enlarge(image, border=None):
+    """Enlarge an image (H, W, 3) to about 256 pixels; border: its colour, or None."""
     scale = max(256 // len(image), 1)
-    image = image.repeat(scale, 0).repeat(scale, 1)            # repeat copies
-    for edge in (image[:8], image[-8:], image[:, :8], image[:, -8:]) if border else ():
-        edge[:] = GREEN if success else RED
+    image = image.repeat(scale, 0).repeat(scale, 1)         # a copy
+    if border is not None:
+        for edge in (image[:8], image[-8:], image[:, :8], image[:, -8:]):
+            edge[:] = border
     return image
 
+
 def write_videos(episodes, folder):
-    """An mp4 of every episode that has frames: what the policy saw, in real time (5 control steps a second); the last
-    picture stands for a second, with a border. Returns the paths."""
-    paths, folder = [], pathlib.Path(folder)
-    for each in [each for each in episodes if "frames" in each]:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths.append(folder / f"{each['episode']:05d}-{'success' if each['success'] else 'failure'}.mp4")
-        pictures = [framed(image, each["success"], border=False) for image in each["frames"][:-1]]
-        pictures += [framed(each["frames"][-1], each["success"])] * 5
-        imageio.mimwrite(paths[-1], pictures, fps=5, macro_block_size=2)       # H.264 wants even sizes
+    """Write an mp4 of every episode that has frames and return the paths.
+
+    A video shows what the policy saw, in real time. The last image lasts one second and has a
+    border, green for a success, red for a failure.
+    """
+    paths = []
+    for episode in episodes:
+        if "frames" not in episode:
+            continue
+        outcome = "success" if episode["success"] else "failure"
+        colour = GREEN if episode["success"] else RED
+        images = [enlarge(image) for image in episode["frames"][:-1]]
+        images += [enlarge(episode["frames"][-1], colour)] * envs.CONTROL_HZ
+        path = pathlib.Path(folder, f"{episode['episode']:05d}-{outcome}.mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # H.264 needs even sizes: macro_block_size=2.
+        imageio.mimwrite(path, images, fps=envs.CONTROL_HZ, macro_block_size=2)
+        paths.append(path)
     return paths
 
+
 def contact_sheet(episodes, path, most=6):
-    """A PNG: first, middle and last picture of the first episodes that have frames, one a row. None of them: no PNG."""
-    rows = [np.concatenate([framed(each["frames"][k], each["success"]) for k in (0, len(each["frames"]) // 2, -1)], 1)
-            for each in [each for each in episodes if "frames" in each][:most]]
+    """Write a PNG: first, middle and last image of the first episodes that have frames."""
+    rows = []
+    for episode in [episode for episode in episodes if "frames" in episode][:most]:
+        colour = GREEN if episode["success"] else RED
+        frames = episode["frames"]
+        images = [enlarge(frames[k], colour) for k in (0, len(frames) // 2, -1)]
+        rows.append(np.concatenate(images, axis=1))
     if rows:
         imageio.imwrite(path, np.concatenate(rows))
 
-# ---- command line --------------------------------------------------------------------------------------------
+
+# ---- command line -------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Names a success rate: who plays what, and where."""
+
+    checkpoint: str
+    task: str
+    domain: str
+    variant: str
+
 
 def parse(argv=None):
-    """Flags -> args, with lists of names for "all" and "both". One ValueError lists all that is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the flags. One ValueError lists all that is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", nargs="+", default=[], help="openvla, pi05 (the bundled tiny ones), folders, or hub ids")
-    add("--curves", nargs="+", default=[], metavar="[LABEL=]FILE", help="draw metrics.jsonl of rl_cotrain.py instead")
-    add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all")
-    add("--domain", default="both", help="sim, real (the stand-in for a real robot), or both")
-    add("--variants", nargs="+", default=["seen"], help=f"some of {', '.join(envs.VARIANTS)}; or all")
-    add("--episodes", type=int, default=100, help="per checkpoint, task, domain and variant, >= 1")
-    add("--out", default="runs/eval", help="folder for result.json, success.png and videos")
-    add("--workers", type=int, default=0, help="processes; 0 = one per CPU core, on a GPU one. Changes no result")
-    add("--num-envs", type=int, default=25, help="environments of a process, 1 to 4096; another number: other noise")
-    add("--decoding", default="auto", help=f"{', '.join(DECODING)}; see above")
-    add("--temperature", type=float, default=EVAL_TEMPERATURE, help="of OpenVLA's tokens when they are sampled, > 0")
-    add("--seed", type=int, default=EVAL_SEED, help="of the scenes and of the policies' noise, 0 to 2^32")
-    add("--videos", type=int, default=2, help="successes, and failures, to film of each kind of episodes; 0 = none")
-    add("--ablation", default="none", help=f"{', '.join(ABLATIONS)}; see above")
-    add("--gap", nargs="*", default=list(envs.PARAMETERS), help="what differs on the stand-in; default: all of it")
-    add("--device", help="cpu or cuda; default: cuda if there is one")
-    add("--dtype", default="float32", help="float32 or bfloat16 (autocast)")
-    args, wrong = parser.parse_args(argv), []
-    expect = functools.partial(policies.expect, into=wrong)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for what, got, known in (("task", [args.task], (*envs.TASKS, "all")),
-                             ("domain", [args.domain], ("sim", "real", "both")),
-                             ("variants", args.variants, (*envs.VARIANTS, "all")),
-                             ("decoding", [args.decoding], DECODING), ("ablation", [args.ablation], ABLATIONS),
-                             ("gap", args.gap, tuple(envs.PARAMETERS))):
-        expect(set(got) <= set(known), f"--{what}", " ".join(got), f"of {', '.join(known)}", f"--{what} {known[-1]}")
-    for what, got, low, high in (("episodes", args.episodes, 1, 10 ** 6), ("num-envs", args.num_envs, 1, 4096),
-                                 ("workers", args.workers, 0, 1024), ("videos", args.videos, 0, 10 ** 6),
-                                 ("seed", args.seed, 0, 1 << 32)):
-        expect(low <= got <= high, f"--{what}", got, f"{low} to {high}", f"--{what} {parser.get_default(what) or low}")
-    expect(0 < args.temperature < math.inf, "--temperature", args.temperature, "more than 0", "--temperature 0.6")
-    expect(bool(args.checkpoint) != bool(args.curves), "--checkpoint, --curves", "both or neither", "one", "--help")
-    args.curves = [text.rpartition("=")[::2] for text in args.curves]      # (label or "", file)
-    for _, file in args.curves:
-        expect(pathlib.Path(file).is_file(), "--curves", file, "an existing file", "OUT/metrics.jsonl of rl_cotrain.py")
-    expect(len(set(args.checkpoint)) == len(args.checkpoint), "--checkpoint", args.checkpoint, "each once", "fewer")
-    checks = [(policies.find_folder, (name,)) for name in args.checkpoint]
-    for check, values in checks + [(policies.check_device, (args.device, args.dtype))]:
-        try:
-            check(*values)
-        except (ValueError, RuntimeError) as error:            # RuntimeError: torch does not know such a device
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    add("--checkpoint", nargs="+", default=[], help="policies; the first is the baseline")
+    add("--curves", nargs="+", default=[],
+        help="draw these metrics.jsonl instead; nothing but --out goes with it")
+    add("--task", default="open-drawer", choices=[*envs.TASKS, "all"],
+        help="default: open-drawer")
+    add("--domain", default="both", choices=["sim", "real", "both"],
+        help="real: the stand-in for a real robot; default: both")
+    add("--variants", nargs="+", default=["seen"], choices=[*envs.VARIANTS, "all"],
+        help="objects and start positions; default: seen")
+    add("--episodes", type=int, default=100, help="of each success rate, >= 1; default: 100")
+    add("--out", help="folder; default: runs/eval-CHECKPOINT-TASK, or runs/curves")
+    add("--workers", type=int, default=0,
+        help="processes; they change no result; default: 0, one per CPU core, on a GPU one")
+    add("--decoding", default="deploy", choices=policies.DECODINGS, help="default: deploy")
+    add("--seed", type=int, default=EVAL_SEED,
+        help=f"seed of scenes and of the policy's noise, >= 0; default: {EVAL_SEED}")
+    add("--videos", type=int, default=2,
+        help="videos of successes, and of failures, for each success rate, >= 0; default: 2")
+    add("--ablation", default="none", choices=ABLATIONS, help="default: none")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    add("--dtype", default="float32", choices=["float32", "bf16"], help="default: float32")
+    args = parser.parse_args(argv)
+    given = []
+    for flag, value in vars(args).items():
+        if value != parser.get_default(flag):
+            given.append(flag)
+    check(args, given)
     args.tasks = list(envs.TASKS) if args.task == "all" else [args.task]
     args.domains = ["sim", "real"] if args.domain == "both" else [args.domain]
-    args.variants = list(envs.VARIANTS) if "all" in args.variants else list(dict.fromkeys(args.variants))
+    args.variants = list(envs.VARIANTS) if "all" in args.variants else args.variants
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.workers = args.workers or (cores() if args.device == "cpu" else 1)
+    args.out = args.out or default_folder(args)
     return args
 
-load = functools.lru_cache(maxsize=1)(policies.load_policy)    # a process works through one checkpoint after another
 
-def work(args, item, bar=None):
-    """Episodes of one block of one kind: item = (checkpoint, domain, variant, task), block."""
-    (checkpoint, domain, variant, task), block = item
+def check(args, given):
+    """Raise a ValueError that lists all wrong flags; replace runs by the policies in them."""
+    problems = policies.Problems()
+    problems.need(args.checkpoint or args.curves, "--checkpoint, --curves", "neither",
+                  "one of them", "--checkpoint openvla")
+    if args.curves:
+        useless = [f"--{flag}" for flag in given if flag not in ("curves", "out")]
+        problems.need(not useless, "--curves", f"{' '.join(useless)} beside it",
+                      "nothing but --out", "a command for each")
+    for flag, low in dict(episodes=1, workers=0, videos=0, seed=0).items():
+        got = getattr(args, flag)
+        problems.need(got >= low, f"--{flag}", got, f"{low} or more", f"--{flag} {low}")
+    for file in args.curves:
+        problems.need(pathlib.Path(file).is_file(), "--curves", file, "an existing file",
+                      "metrics.jsonl in the folder of a run")
+    for k, name in enumerate(args.checkpoint):
+        try:
+            args.checkpoint[k] = find_policy(name)
+        except ValueError as error:
+            problems.append(str(error))
+    problems.stop()
+
+
+def cores():
+    """Count the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):        # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def find_policy(name):
+    """Return the name itself, or RUN/policy if it is the folder of a run. Raises ValueError."""
+    inside = pathlib.Path(name, "policy")
+    if inside.is_dir():
+        print(f"{name} is a run: evaluating {inside}")
+        return str(inside)
+    policies.find_folder(name)
+    return name
+
+
+def default_folder(args):
+    """Return the default of --out, named after the first checkpoint."""
+    if args.curves:
+        return "runs/curves"
+    path = pathlib.Path(args.checkpoint[0])
+    if path.name == "policy":
+        path = path.resolve().parent
+    return f"runs/eval-{path.name}-{args.task}"
+
+
+def claim(args, command):
+    """Raise ValueError unless OUT can be written and holds no result of another command."""
+    result = pathlib.Path(args.out, "result.json")
+    if args.checkpoint and result.exists():
+        before = json.loads(result.read_text()).get("command")
+        if before != command:
+            raise ValueError(
+                f"--out: got {args.out}, with the result of another command ({before}); need a "
+                f"folder without a result; try another --out, or delete {result}"
+            )
+    try:
+        result.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out: got {args.out} ({error.strerror}); need a folder that can be written; "
+            "try another --out"
+        ) from None
+
+
+# One policy at a time: a process works through one checkpoint after another.
+load = functools.lru_cache(maxsize=1)(policies.load_policy)
+
+
+def work(args, job):
+    """Run one job = (cell, block) in a process of the pool and return its episodes."""
+    cell, block = job
     if args.device == "cpu":
-        torch.set_num_threads(1)         # as many processes as cores; and another number may change the last bit
-        torch.set_flush_denormal(True)   # as in training
-    return evaluate(load(checkpoint, args.device, args.dtype), task, domain, args.episodes, variant, args.seed,
-                    args.num_envs, [block], args.decoding, args.videos, args.ablation, args.temperature, bar,
-                    args.gap)
+        torch.set_num_threads(1)            # there are as many processes as cores
+        torch.set_flush_denormal(True)      # as in training
+    policy = load(cell.checkpoint, args.device, args.dtype)
+    return run_episodes(policy, cell.task, cell.domain, args.episodes, variant=cell.variant,
+                        seed=args.seed, blocks=[block], decoding=args.decoding,
+                        ablation=args.ablation, frames=args.videos)
+
 
 def run(args):
-    """{(checkpoint, domain, variant, task): episodes}, in order, by as many processes as args say."""
-    cells = list(itertools.product(args.checkpoint, args.domains, args.variants, args.tasks))
-    items = list(itertools.product(cells, range(math.ceil(args.episodes / args.num_envs))))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(args.workers or (1 if args.device != "cpu" else cores), len(items))
-    results = {cell: [] for cell in cells}
-    with tqdm(total=len(cells) * args.episodes, unit="episode") as bar:
-        if workers == 1:
-            pool, parts = None, (work(args, item, bar) for item in items)
-        else:
-            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)      # inherited: Ctrl-C is for this process alone
-            parts = pool.map(functools.partial(work, args), items)
-            signal.signal(signal.SIGINT, before)
-        try:
-            for (cell, _), episodes in zip(items, parts):
+    """Run all blocks in a pool of processes and return {Cell: episodes}."""
+    names = itertools.product(args.checkpoint, args.tasks, args.domains, args.variants)
+    results = {Cell(*each): [] for each in names}
+    jobs = list(itertools.product(results, range(math.ceil(args.episodes / BLOCK))))
+    workers = min(args.workers, len(jobs))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    # The processes inherit that Ctrl-C is ignored: this one handles it, and ends them at once.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parts = pool.map(functools.partial(work, args), jobs)
+    signal.signal(signal.SIGINT, handler)
+    try:
+        with Progress(total=len(results) * args.episodes) as bar:
+            for (cell, _), episodes in zip(jobs, parts):
+                bar.add(episodes)
                 results[cell] += episodes
                 keep_frames(results[cell], args.videos)
-                tick(bar if pool else None, episodes)
-        except BaseException:                                  # also Ctrl-C: do not wait for the blocks under way
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return results
 
-def tabulate(args, results):
-    """Results of run() -> rows of table(), without and with averages over tasks, and rows of comparison_table()."""
-    row = lambda key, episodes: dict(zip(("checkpoint", "domain", "variant", "task"), key),
-                                     **summary(episodes)) | dict(domain=NAMES[key[1]])
-    cells, rows, comparisons = [row(*item) for item in results.items()], [], []
-    for group in itertools.product(args.checkpoint, args.domains, args.variants):
-        some = {key: episodes for key, episodes in results.items() if key[:3] == group}
-        rows += [row(*item) for item in some.items()]
-        if len(some) > 1:                                      # all have the same n: the mean of the rates
-            rows.append(row((*group, "average"), sum(some.values(), [])))
-    first = args.checkpoint[0]
-    for second, domain in itertools.product(args.checkpoint[1:], args.domains):
-        kinds = [key[1:] for key in results if key[:2] == (first, domain)]
-        pairs = {kind: [results[name, *kind] for name in (first, second)] for kind in kinds}
-        if len(kinds) > 1:                                     # sim and stand-in are never thrown together
-            pairs[domain, "all", "all"] = [sum((pair[k] for pair in pairs.values()), []) for k in (0, 1)]
-        comparisons += [dict(first=first, second=second, task=task, domain=NAMES[domain], variant=variant,
-                             **compare(*pair)) for (_, variant, task), pair in pairs.items()]
-    return cells, rows, comparisons
 
-def write(args, argv, results):
-    """Prints the tables; writes videos, figure and, last and at once, result.json."""
-    cells, rows, comparisons = tabulate(args, results)
-    print(f"{args.episodes} scenes each, seed {args.seed}; decoding {args.decoding}, ablation {args.ablation}, gap: "
-          f"{' '.join(args.gap) or 'none'}\n"
-          f"stand-in: the second MuJoCo domain, in place of the real robot; none is attached\n\n{table(rows)}")
-    if comparisons:
-        print(f"\nPaired, on the same scenes; second - first, in points\n\n{comparison_table(comparisons)}")
+def report(args, command, results):
+    """Print the tables; write videos, the figure and, last and at once, result.json."""
     out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for cell, episodes in zip(cells, results.values()):
-        name = "_".join(pathlib.Path(cell["checkpoint"]).parts).strip("/_.")
-        folder = out / "videos" / name / "-".join(cell[key] for key in ("task", "domain", "variant"))
-        cell["videos"] = [str(path.relative_to(out)) for path in write_videos(episodes, folder)]
+    rows = []
+    comparisons = []
+    for cell, episodes in results.items():
+        names = dict(dataclasses.asdict(cell), domain=NAMES[cell.domain])
+        rows.append(names | summary(episodes))
+        baseline = dataclasses.replace(cell, checkpoint=args.checkpoint[0])
+        if cell != baseline:
+            names |= dict(second=cell.checkpoint, first=baseline.checkpoint)
+            comparisons.append(names | compare(results[baseline], episodes))
+    print(f"\n{args.episodes} scenes each, seed {args.seed}, decoding {args.decoding}, ablation "
+          f"{args.ablation}\nstand-in: a second simulation in place of the real robot\n")
+    print(table(rows))
+    if comparisons:
+        print("\nOn the same scenes; difference: second - first, in percentage points\n")
+        print(comparison_table(comparisons))
+    for row, episodes in zip(rows, results.values()):
+        checkpoint = row["checkpoint"].strip("./").replace("/", "_")
+        kind = f"{row['task']}-{row['domain']}-{row['variant']}"
+        folder = out / "videos" / checkpoint / kind
+        write_videos(episodes, folder)
         contact_sheet(episodes, folder / "contact-sheet.png")
-        cell["episodes"] = [{key: value for key, value in each.items() if key != "frames"} for each in episodes]
-    bar_chart(cells, out / "success.png")
-    result = dict(command=shlex.join(["python", "evaluate.py", *argv]), seed=args.seed, decoding=args.decoding,
-                  temperature=args.temperature, ablation=args.ablation, gap=args.gap, num_envs=args.num_envs,
-                  device=args.device, dtype=args.dtype, torch=torch.__version__,
-                  averages=[row for row in rows if row["task"] == "average"], comparisons=comparisons, cells=cells)
-    (out / "result.json.part").write_text(json.dumps(result, indent=1))
-    os.replace(out / "result.json.part", out / "result.json")
-    print(f"\nwrote {out}/result.json, success.png{', videos' * (args.videos > 0)}")
+        for episode in episodes:
+            episode.pop("frames", None)
+        row["episodes"] = episodes
+    bar_chart(rows, out / "success.png")
+    packages = ("torch", "transformers", "mujoco", "numpy")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    result = dict(command=command, args=vars(args), versions=versions, comparisons=comparisons,
+                  cells=rows)
+    part = out / "result.json.part"
+    part.write_text(json.dumps(result, indent=1))
+    os.replace(part, out / "result.json")
+    print(f"\nwrote {out}/result.json, success.png" + (", videos" if args.videos else ""))
+
 
 def draw_curves(args):
-    """OUT/curves.png from files of metrics; a run without a label is called as its folder, or as a file renamed."""
+    """Write OUT/curves.png; a run is labelled by the folder of its metrics.jsonl."""
     runs = {}
-    for label, file in args.curves:
+    for file in args.curves:
         path = pathlib.Path(file)
-        label = label or (path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem)
+        label = str(path.parent) if path.name == "metrics.jsonl" else path.stem
         try:
             runs[label] = [json.loads(line) for line in path.read_text().splitlines()]
         except json.JSONDecodeError as error:
-            policies.expect(False, path, error, "a JSON object a line", "metrics.jsonl of a run that is not running")
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+            raise ValueError(
+                f"--curves: got {file} ({error}); need a JSON object on each line; try the "
+                "metrics.jsonl of a run that has ended"
+            ) from None
     curves(runs, pathlib.Path(args.out, "curves.png"))
     print(f"wrote {args.out}/curves.png: {', '.join(runs)}")
 
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end the workers, too
+    command = shlex.join(["python", "evaluate.py", *argv])
     try:
         args = parse(argv)
+        claim(args, command)
         if args.curves:
             draw_curves(args)
         else:
-            write(args, argv, run(args))
-    except ValueError as error:
+            report(args, command, run(args))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except BrokenProcessPool:
-        sys.exit("error: a worker process was killed, perhaps for want of memory; try fewer --workers or --num-envs")
     except KeyboardInterrupt:
-        print("interrupted: no result.json was written", file=sys.stderr)
+        print("\ninterrupted: no result.json was written", file=sys.stderr)
         sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -1,43 +1,47 @@
-"""Stage II of RL-Co: reinforcement learning in simulation, anchored by supervision on real demonstrations.
+"""Stage II of RL-Co: reinforcement learning in simulation, anchored by real demonstrations.
 
-    L = L_PPO(simulation) + lambda_real * L_SFT(real demos)                 RL-Co, arXiv 2602.12628
+    L = L_PPO(simulation) + lambda_real * L_SFT(real demos)                       arXiv 2602.12628
 
-    python rl_cotrain.py --policy openvla --lambda-real 0.1           # the main job: demos, Stage I, Stage II, tables
+    python rl_cotrain.py --policy openvla --lambda-real 0.1    # the main job
     python rl_cotrain.py --policy pi05 --task push-cube
-    python rl_cotrain.py --checkpoint openvla/openvla-7b --lora-rank 32 --dtype bf16 --real-data my/robot
-    python rl_cotrain.py ... --resume                                 # after Ctrl-C, a crash or a power cut
+    python rl_cotrain.py --policy openvla/openvla-7b --real-data my/robot --dtype bf16
+    python rl_cotrain.py ... --resume                          # after Ctrl-C or a crash
 
-Main job  records demonstrations, warm-starts (sft_warmstart.py), then loops over rollout -> advantages -> update,
-          evaluates the policy before and after in both domains, and writes a table, curves, videos, a checkpoint.
-          What is there already (demos, Stage I with the same flags) is used again.
-Ranks     each has its own simulators and its share of every minibatch and real batch; gradients are summed.
-Symbols   T decisions, N environments of a rank, M samples of a minibatch over all ranks, K steps per decision
-Cases     --lambda-real 0: plain RL in simulation, real data is never opened.   --init base: no Stage I.
-          --sim-ratio 0: Stage I on real demos only.   --sim-ratio 1 --lambda-real 0: no real data anywhere.
-Departs from the paper's own code:
- 1. The real batch per optimizer step is a flag, whatever the number of ranks; it is drawn anew in every pass.
- 2. Both policies can be co-trained. Both gradients, their norms and their cosine are logged, and lambda is tested.
- 3. Advantages are normalised over all ranks; only a time limit bootstraps, a success does not.
- 4. The tiny presets judge by a critic that reads the simulator's state (--critic state), as only simulation needs one:
-    the policy gradient of 10,000 decisions then agrees with that of 10,000 others, instead of being noise.
- 5. Every iteration starts with new episodes: its first episodes are an unbiased success rate, and resuming is exact.
-Output    OUT/policy, metrics.jsonl, curves.png, result.json, videos/, resume.pt; "stand-in" is the second MuJoCo
-          domain, which takes the place of a real robot: Stage II sees it only through its demonstrations.
+The main job records demonstrations and runs Stage I (sft_warmstart.py) unless they are there
+already, evaluates the policy in simulation and on the stand-in for the real robot, trains it with
+co_train() below, evaluates it again, and writes a table, curves, videos and a checkpoint.
+
+Symbols   T decisions (--horizon) in each of N environments of a rank; M decisions of a minibatch
+          over all ranks; K control steps per decision (the policy's chunk)
+Cases     --lambda-real 0    plain RL in simulation; the real data set is never opened
+          --init base        no Stage I;  --init FOLDER  the policy in FOLDER instead
+          --sim-ratio 0      Stage I on real demonstrations only
+Ranks     each has its own environments and its share of every minibatch and real batch; gradients
+          are summed. See sft_warmstart.py for ranks, --resume and OUT.
+
+Departures from the authors' code (RLinf):
+ 1. The real batch per optimizer step is a flag and does not depend on the number of ranks.
+ 2. Both policies can be co-trained, and a test checks the effect of lambda on the gradient.
+ 3. Only a time limit bootstraps: not a success, a failure or a diverged simulation. Advantages are
+    normalised over all ranks.
+ 4. The presets of the tiny policies use a critic that reads the simulator's state (--critic state).
+ 5. Every iteration starts with new episodes, so resuming is exact.
+As in RLinf, the "log-probability" of a pi0.5 decision is the mean over the steps + 1 factors of its
+denoising chain, not log pi: its ratio, clip range and KL are not comparable with OpenVLA's.
+
+Reading order: co_train() is the algorithm; collect, advantages, ppo_loss are its parts; then the
+critic; then the main job around it.
 """
-import argparse
-import contextlib
-import copy
-import json
+
+import dataclasses
 import math
-import os
 import pathlib
 import sys
 import time
 
-import envs                             # first: it chooses the OpenGL backend before mujoco is imported
+import envs  # first: it chooses the OpenGL backend before mujoco is imported
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -46,582 +50,935 @@ import evaluate
 import policies
 import real_data
 import sft_warmstart
-from sft_warmstart import NAMES, all_sum, on_signal, sum_gradients
+from sft_warmstart import all_sum, check_range, copy_gradients, flag, rank, random_seed, say, world
 
-RL_SEED = 31_000                        # + --seed: of the scenes of Stage II; neither demonstrations' nor evaluation's
-BLOCK = 25                              # episodes that a rank evaluates at once
-EPISODES = 1 << 12                      # numbers set aside for the episodes of an iteration of a rank
-CRITIC_EPOCHS, CRITIC_BATCH, CRITIC_LAMBDA = 10, 256, .95          # of the critic that reads the simulator's state
-RATIO_TOLERANCE = dict(float32=1e-3, bfloat16=.1)                  # of the first ratio after a rollout, which is 1
-DRIFT = .3                              # nats: bfloat16, |log pi by evaluate - log pi by act|, mean over decisions
+RL_SEED = 31_000  # + --seed: scenes of Stage II; neither demonstrations nor evaluation use them
+EPISODES = 1 << 12  # episode numbers set aside for an iteration of a rank
+SAVE_EVERY = 10  # iterations between versions of resume.pt
+HELD_OUT_EVERY = 5  # iterations between losses on held-out real demonstrations
+CRITIC_EPOCHS = 10  # of the critic that reads the simulator's state, per iteration
+CRITIC_BATCH = 256  # its minibatch over all ranks
+CRITIC_LAMBDA = 0.95  # its targets are TD(lambda) returns with this lambda
+RATIO_TOLERANCE = {"float32": 1e-3, "bf16": 0.1}  # of the first ratio after a rollout, which is 1
 
-# openvla: RL4VLA / RLinf's PPO of OpenVLA. pi05: RLinf's co-training config. The tiny ones were tuned here: they
-# practise in random looks and dynamics, to which the VLM must adapt, too, so that only its eyes are frozen.
+# Defaults that depend on the policy. openvla: the PPO of RL4VLA and RLinf. pi05: RLinf's
+# co-training configuration. The tiny ones were tuned here, by success on the stand-in: they train
+# under randomised appearance and dynamics, to which the language model must adapt, so only the
+# vision tower is frozen.
 PRESETS = {
-    "openvla": dict(num_envs=64, steps=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
-                    value_lr=3e-3, beta2=.999, clip_norm=10., entropy=0., freeze="none", iterations=400, target_kl=0.,
-                    critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
-    "pi05": dict(num_envs=128, steps=0, minibatch=2560, micro_batch=40, real_batch=128, epochs=2, lr=4e-6,
-                 value_lr=2e-4, beta2=.95, clip_norm=1., entropy=.005, freeze="vlm", iterations=1000, target_kl=0.,
-                 critic_warmup=0, critic="head", gae_lambda=.95, lambda_real=.1, randomise=[]),
-    "openvla-tiny": dict(num_envs=64, steps=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2, lr=2e-4,
-                         value_lr=1e-3, beta2=.95, clip_norm=1., entropy=0., freeze="vision", iterations=70,
-                         target_kl=.1, critic_warmup=2, critic="state", gae_lambda=.9, lambda_real=.1,
-                         randomise=["visual", "dynamics"])}
-PRESETS["pi05-tiny"] = PRESETS["openvla-tiny"] | dict(num_envs=128, steps=20, iterations=50)
-TASK_PRESETS = {"pick-place": dict(randomise=[])}              # 6 to 9 % succeed in those looks: too few to learn from
+    "openvla": dict(
+        num_envs=64,
+        horizon=0,
+        minibatch=160,
+        micro_batch=8,
+        real_batch=40,
+        epochs=1,
+        lr=1e-4,
+        value_lr=3e-3,
+        beta2=0.999,
+        max_grad_norm=10.0,
+        entropy_weight=0.0,
+        freeze="none",
+        iterations=400,
+        target_kl=0.0,
+        critic_warmup=0,
+        critic="head",
+        gae_lambda=0.95,
+        randomise=[],
+    ),
+    "pi05": dict(
+        num_envs=128,
+        horizon=0,
+        minibatch=2560,
+        micro_batch=40,
+        real_batch=128,
+        epochs=2,
+        lr=4e-6,
+        value_lr=2e-4,
+        beta2=0.95,
+        max_grad_norm=1.0,
+        entropy_weight=0.005,
+        freeze="vlm",
+        iterations=1000,
+        target_kl=0.0,
+        critic_warmup=0,
+        critic="head",
+        gae_lambda=0.95,
+        randomise=[],
+    ),
+    "openvla-tiny": dict(
+        num_envs=64,
+        horizon=0,
+        minibatch=640,
+        micro_batch=320,
+        real_batch=160,
+        epochs=2,
+        lr=2e-4,
+        value_lr=1e-3,
+        beta2=0.95,
+        max_grad_norm=1.0,
+        entropy_weight=0.0,
+        freeze="vision",
+        iterations=70,
+        target_kl=0.1,
+        critic_warmup=2,
+        critic="state",
+        gae_lambda=0.9,
+        randomise=["visual", "dynamics"],
+    ),
+    "pi05-tiny": dict(
+        num_envs=128,
+        horizon=20,
+        minibatch=640,
+        micro_batch=320,
+        real_batch=160,
+        epochs=2,
+        lr=2e-4,
+        value_lr=1e-3,
+        beta2=0.95,
+        max_grad_norm=1.0,
+        entropy_weight=0.0,
+        freeze="vision",
+        iterations=50,
+        target_kl=0.1,
+        critic_warmup=2,
+        critic="state",
+        gae_lambda=0.9,
+        randomise=["visual", "dynamics"],
+    ),
+}
+# Under randomised appearance Stage I succeeds in 6 to 9 % of pick-place: too few to learn from.
+TASK_PRESETS = {"pick-place": dict(randomise=[])}
 
-def parse(argv=None):
-    """Flags -> args. Those without a default here get that of the policy's preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--policy", default="openvla", help="openvla or pi05: the bundled tiny ones")
-    add("--checkpoint", help="a checkpoint folder or hub id instead, for instance openvla/openvla-7b")
-    add("--task", default="open-drawer", help=f"{', '.join(envs.TASKS)}, or all")
-    add("--init", default="sft", help="sft (run Stage I, or find it), base (no Stage I), or a checkpoint folder")
-    add("--sft-task", default="all", choices=(*envs.TASKS, "all"), help="of both stages' demonstrations")
-    add("--iterations", type=int, help="of rollout and update, >= 0")
-    add("--gamma", type=float, default=.99, help="discount per decision, 0 to 1")
-    add("--clip", type=float, default=.2, help="epsilon of PPO's ratio, > 0")
-    add("--value-clip", type=float, default=.2, help="how far a value may move from the rollout's; 0 = any")
-    add("--value-weight", type=float, help="of the value head's loss, >= 0; default: 1, 0 if --critic is state")
-    add("--out", help="folder of this run; default runs/rl-POLICY-TASK-lambdaL-seedS")
-    add("--resume", action="store_true", help="go on from OUT/resume.pt; all flags but --iterations as they were")
-    add("--save-every", type=int, default=10, help="iterations between resume.pt; 0 = only at the end")
-    add("--eval-episodes", type=int, default=100, help="per task and domain, before and after; 0 = none")
-    add("--eval-every", type=int, default=0, help="iterations between evaluations (50 episodes, if there are as many "
-                                                  "in --eval-episodes) for the curves; 0 = none")
-    add("--watch-real", action="store_true", help="log the loss on held-out real demos; opens them also if lambda is 0")
-    add("--seed", type=int, default=0, help="of everything but the evaluation's scenes, >= 0")
-    add("--device", help="cpu or cuda; default: cuda if there is one")
-    add("--ranks", type=int, default=0, help="processes; 0 = one per GPU, else one per CPU core; torchrun knows better")
-    add("--gradient-checkpointing", action="store_true", help="a third more time, far less memory")
-    add("--dtype", help="float32 or bf16 (autocast over float32 weights)")
-    group = parser.add_argument_group("Stage I and demonstrations (see sft_warmstart.py)")
-    for flag, kind, text in (
-            ("sim-ratio", float, "alpha, 0 to 1"), ("sim-data", str, "LeRobot data set; default: recorded"),
-            ("real-data", str, "the same, of your robot"), ("sim-episodes", int, "to record per task"),
-            ("real-episodes", int, "to record per task"), ("demos", str, "folder for what is recorded"),
-            ("camera", str, "image features of --real-data"), ("action-key", str, "its action feature"),
-            ("state-key", str, "its state feature"), ("task-key", str, "its text column"),
-            ("held-out", float, "share of episodes kept out of training"), ("pause", float, "m in .2 s; 0 = keep all"),
-            ("tokenizer", str, "tokenizer.json of a checkpoint without one"),
-            ("lora-rank", int, "0 = train the weights themselves"), ("augment", str, "of demonstrations' images"),
-            ("sft-steps", int, "optimizer steps of Stage I")):
-        group.add_argument("--" + flag, type=kind, nargs="+" if flag == "camera" else None, help=text)
-    group = parser.add_argument_group("defaults from the preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
-    for flag, kind, text in (
-            ("lambda-real", float, "weight of L_SFT(real), >= 0; 0 = plain RL, real data is never opened"),
-            ("num-envs", int, "environments over all ranks, each has the same number of them"),
-            ("steps", int, "T: decisions per environment and iteration; 0 = the task's time limit"),
-            ("minibatch", int, "decisions per optimizer step over all ranks, about: an iteration is cut evenly"),
-            ("micro-batch", int, "decisions per forward pass of a rank; gradients accumulate"),
-            ("real-batch", int, "real samples per optimizer step over all ranks"),
-            ("epochs", int, "passes over an iteration's decisions"), ("lr", float, "learning rate, > 0"),
-            ("value-lr", float, "of the value head, > 0"),
-            ("critic", str, "head (of the policy) or state (a small network that reads the simulator's state)"),
-            ("gae-lambda", float, "of generalised advantage estimation, 0 to 1"),
-            ("critic-warmup", int, "iterations in which only the critic learns"),
-            ("beta2", float, "of AdamW, 0 to 1 (beta1 is 0.9)"),
-            ("clip-norm", float, "norm to which gradients are cut; 0 = never"),
-            ("entropy", float, "weight of the entropy bonus, >= 0; 0 = none"),
-            ("freeze", str, "none, vision (features are computed once per observation), or vlm"),
-            ("target-kl", float, "an iteration's updates stop above this KL [nats]; 0 = never")):
-        group.add_argument("--" + flag, type=kind, help=text)
-    group.add_argument("--randomise", nargs="*", choices=envs.RANDOM, help="drawn anew each episode: visual (looks, "
-                       "near camera), dynamics, late (share of pictures); no word: nothing (pick-place's default)")
-    return check_args(parser.parse_args(argv))
 
-def check_args(args):
-    """Fills in presets; Stage I's flags become args.sft. One ValueError lists all that is wrong."""
-    given = args.init not in ("sft", "base") and os.path.isdir(args.init)     # its kind says which preset is meant
-    name = args.init if given else args.checkpoint or args.policy
-    args.dtype = {"bf16": "bfloat16"}.get(args.dtype, args.dtype)
-    # one task is learnt better from demonstrations of all (results/transfer/looks.txt, 7)
-    flags = [("--policy", name), ("--task", args.sft_task), ("--seed", args.seed), ("--device", args.device),
-             ("--steps", args.sft_steps), ("--dtype", args.dtype), ("--ranks", args.ranks or None),
-             ("--eval-episodes", 0)]
-    flags += [(f"--{key.replace('_', '-')}", getattr(args, key)) for key in (
-        "sim_ratio", "sim_data", "real_data", "sim_episodes", "real_episodes", "demos", "lora_rank", "augment",
-        "held_out", "pause", "action_key", "state_key", "task_key", "tokenizer")]
-    folder = pathlib.Path(name)              # OUT/policy is known by the name of OUT
-    label = folder.parent.name if folder.name == "policy" else folder.name
-    chosen = [f"{flag}={value}" for flag, value in flags if value is not None]
-    chosen += ["--camera", *args.camera] if args.camera else []
-    args.sft = sft_warmstart.parse(chosen + ["--gradient-checkpointing"] * args.gradient_checkpointing)
-    args.sft.out = f"runs/sft-{label}-{args.sft_task}-alpha{args.sft.sim_ratio:g}-seed{args.seed}"
-    args.dtype, args.augment, args.ranks = args.sft.dtype, args.sft.augment, args.ranks or args.sft.ranks
-    for key, value in (PRESETS[args.sft.preset] | TASK_PRESETS.get(args.task, {})).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.value_weight is None:            # a head that judges nothing need not learn
-        args.value_weight = float(args.critic == "head")
-    args.ranks = min(args.ranks, args.num_envs, args.real_batch)
-    label += f"-{args.task}" + "-base" * (args.init == "base")
-    args.out = args.out or f"runs/rl-{label}-lambda{args.lambda_real:g}-seed{args.seed}"
-    checks = {
-        f"--task {args.task}: need one of {', '.join(envs.TASKS)}, all": args.task in (*envs.TASKS, "all"),
-        f"--lambda-real {args.lambda_real}: need 0 or more": args.lambda_real >= 0,
-        f"--gamma {args.gamma}, --gae-lambda {args.gae_lambda}: need 0 to 1":
-            0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
-        f"--clip {args.clip}, --lr {args.lr}, --value-lr {args.value_lr}: need more than 0":
-            min(args.clip, args.lr, args.value_lr) > 0,
-        "--num-envs, --minibatch, --micro-batch, --real-batch, --epochs: need 1 or more":
-            min(args.num_envs, args.minibatch, args.micro_batch, args.real_batch, args.epochs) > 0,
-        f"--critic {args.critic}: need head or state": args.critic in ("head", "state"),
-        "--iterations, --steps, --critic-warmup, --eval-episodes, --eval-every, --save-every: need 0 or more": 0 <= min(
-            args.iterations, args.steps, args.critic_warmup, args.eval_episodes, args.eval_every, args.save_every),
-        "--clip-norm, --entropy, --target-kl, --value-clip, --value-weight: need 0 or more":
-            min(args.clip_norm, args.entropy, args.target_kl, args.value_clip, args.value_weight) >= 0,
-        f"--init {args.init}: need sft, base, or a folder": args.init in ("sft", "base") or given}
-    wrong = [text for text, fine in checks.items() if not fine]
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    if args.resume and not pathlib.Path(args.out, "resume.pt").exists():
-        print(f"nothing to resume in {args.out} yet: Stage II starts", file=sys.stderr)        # Stage I may resume
-        args.resume = False
-    return args
+@dataclasses.dataclass
+class Args:
+    """Everything the main job can be told. Fields that are None take the value of the preset."""
 
-def known_stage(args):
-    """What the literature calls the start of this run."""
-    names = {0: "SFT on real demos", 1: "SFT on simulated demos"}
-    sft = names.get(args.sft.sim_ratio, "SFT co-training")
-    return {"sft": sft, "base": "base policy"}.get(args.init, "given policy")
+    policy: str = flag(
+        None, "openvla (default) or pi05 (bundled), a checkpoint folder, or a hub id"
+    )
+    task: str = flag("open-drawer", "the task of Stage II, or all", (*envs.TASKS, "all"))
+    init: str = flag("sft", "start from sft (Stage I), base (no Stage I), or a checkpoint folder")
+    lambda_real: float = flag(
+        0.1, "weight of L_SFT(real); 0 = plain RL, real data is never opened"
+    )
+    watch_real: bool = flag(False, "log the loss on held-out real data even if lambda is 0")
+    sim_ratio: float = flag(0.5, "alpha of Stage I, 0 to 1")
+    real_data: str = flag(None, "LeRobot data set of your robot (default: record the stand-in)")
+    real_episodes: int = flag(50, "stand-in demonstrations per task")
+    camera: list = flag(None, "image features of --real-data to use")
+    convert: str = flag(
+        None, "Python file with convert(episode) for the conventions of --real-data"
+    )
+    iterations: int = flag(None, "rollouts, each followed by updates (preset)")
+    num_envs: int = flag(None, "environments over all ranks (preset)")
+    horizon: int = flag(None, "T, decisions per environment and rollout (preset); 0 = time limit")
+    minibatch: int = flag(None, "M, decisions per optimizer step over all ranks (preset)")
+    micro_batch: int = flag(None, "decisions per forward pass of a rank (preset)")
+    real_batch: int = flag(None, "real samples per optimizer step over all ranks (preset)")
+    epochs: int = flag(None, "passes over a rollout (preset)")
+    lr: float = flag(None, "learning rate of the policy (preset)")
+    gae_lambda: float = flag(None, "lambda of generalised advantage estimation (preset)")
+    critic: str = flag(
+        None,
+        "value head of the policy, or a network on the simulator's state (preset)",
+        ("head", "state"),
+    )
+    max_grad_norm: float = flag(
+        None, "gradients are scaled down to this norm (preset); 0 = never"
+    )
+    randomise: list = flag(None, "what is redrawn each episode (preset)", envs.RANDOMISE)
+    freeze: str = flag(None, "part that does not train (preset)", ("none", "vision", "vlm"))
+    lora_rank: int = flag(None, "rank of LoRA adapters (preset of Stage I); 0 = none")
+    dtype: str = flag(None, "arithmetic of the matrix products (preset)", ("float32", "bf16"))
+    eval_episodes: int = flag(100, "episodes per task and domain, before and after; 0 = none")
+    seed: int = flag(0, "seed of everything but the evaluation scenes")
+    ranks: int = flag(0, "processes; 0 = one per GPU, or per CPU core")
+    out: str = flag(None, "folder of this run (default: runs/rl-POLICY-TASK-lambdaL-seedS)")
+    resume: bool = flag(
+        False, "go on from OUT/resume.pt; other flags but --iterations as they were"
+    )
+    gamma: float = 0.99  # discount per decision
+    clip_ratio: float = 0.2  # epsilon of PPO's ratio
+    clip_value: float = 0.2  # how far a value may move from the rollout's; 0 = any distance
+    weight_decay: float = 0.01  # of matrices; never of biases and norms
+    value_lr: float = None  # learning rate of the value head, or of the state critic
+    beta2: float = None  # of AdamW; beta1 is 0.9
+    entropy_weight: float = None  # weight of the entropy bonus
+    target_kl: float = None  # updates of an iteration stop above this KL [nats]; 0 = never
+    critic_warmup: int = None  # iterations in which only the state critic trains
+    sft: sft_warmstart.Options = None  # Stage I, and how real demonstrations are read in Stage II
 
-def known_anchor(args):
-    """What the literature calls its Stage II, and what is random in its simulation."""
-    name = f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
-    return ", ".join([name, *(envs.RANDOM[part] for part in args.randomise)])
+    def resolve(self):
+        """Fill in presets and check everything; one ValueError lists all mistakes. Returns self."""
+        problems = policies.Problems()
+        given = self.init not in ("sft", "base")
+        problems.need(
+            not (given and self.policy),
+            "--policy",
+            f"{self.policy} and --init {self.init}",
+            "one of them: the folder of --init is the policy",
+            "--init alone",
+        )
+        problems.stop()
+        self.policy = self.init if given else self.policy or "openvla"
+        kind, name = sft_warmstart.policy_kind(self.policy)
+        for key, value in (PRESETS[kind] | TASK_PRESETS.get(self.task, {})).items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        if self.out is None:
+            base = "-base" if self.init == "base" else ""
+            self.out = (
+                f"runs/rl-{name}-{self.task}{base}-lambda{self.lambda_real:g}-seed{self.seed}"
+            )
+        # Stage I is trained once on the demonstrations of all tasks and reused by later runs.
+        self.sft = sft_warmstart.Options(
+            policy=self.policy,
+            sim_ratio=self.sim_ratio,
+            real_data=self.real_data,
+            camera=self.camera,
+            convert=self.convert,
+            real_episodes=self.real_episodes,
+            lora_rank=self.lora_rank,
+            dtype=self.dtype,
+            seed=self.seed,
+            eval_episodes=0,
+            ranks=1,
+            resume=False,
+        ).resolve(new=False)
+        self.dtype = self.sft.dtype
+        self.lora_rank = self.sft.lora_rank
+        check_range(problems, self, "gamma gae_lambda", 0, 1)
+        check_range(
+            problems, self, "lambda_real iterations horizon max_grad_norm eval_episodes ranks", 0
+        )
+        check_range(problems, self, "num_envs minibatch micro_batch real_batch epochs", 1)
+        problems.need(self.lr > 0, "--lr", self.lr, "more than 0", f"--lr {PRESETS[kind]['lr']}")
+        opened = (
+            self.lambda_real or self.watch_real or (self.init == "sft" and self.sim_ratio < 1)
+        )
+        problems.need(
+            opened or not self.real_data,
+            "--real-data",
+            "a run that never opens it",
+            "--lambda-real above 0, or a Stage I with --sim-ratio below 1",
+            "without --real-data",
+        )
+        self.ranks = self.ranks or sft_warmstart.default_ranks(self.num_envs)
+        problems.need(
+            self.num_envs % self.ranks == 0,
+            "--num-envs",
+            self.num_envs,
+            f"a multiple of the {self.ranks} ranks",
+            f"--num-envs {self.num_envs // self.ranks * self.ranks}",
+        )
+        problems.need(
+            self.real_batch >= self.ranks,
+            "--real-batch",
+            self.real_batch,
+            f"at least one sample for each of the {self.ranks} ranks",
+            f"--real-batch {self.ranks}",
+        )
+        sft_warmstart.check_run_folder(problems, self)
+        problems.stop()
+        return self
 
-# ---- formulas ------------------------------------------------------------------------------------------------
+
+# ---- the algorithm -----------------------------------------------------------------------------
+
+
+def co_train(policy, env, real, args, held_out=None):
+    """Minimise L_PPO + lambda_real * L_SFT(real) on this rank.
+
+    policy    whatever passes policies.check_policy
+    env       this rank's environments: whatever passes envs.check_env
+    real      endless batches of real demonstrations (real_data.MixSampler); None if lambda is 0
+    args      Args(..).resolve()
+    held_out  real demonstrations whose loss is logged, or None
+    Returns False if a signal stopped it. OUT/resume.pt is up to date in both cases.
+    """
+    out = pathlib.Path(args.out)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(optimizer_groups(policy, args), betas=(0.9, args.beta2))
+    critic = StateCritic(env, args).to(policy.device) if args.critic == "state" else None
+    state = TrainState(policy, optimizer, critic, real)
+    if args.resume:
+        state.load(out / "resume.pt", args)
+    sft_warmstart.write_args(args)
+    log = sft_warmstart.Log(out, state.iteration)
+    finite = sft_warmstart.FiniteGuard()
+    bar = tqdm(total=args.iterations, initial=state.iteration, desc=out.name, disable=rank() > 0)
+
+    with sft_warmstart.Signals() as signals, bar:
+        while state.iteration < args.iterations and not signals.received():
+            rollout, logs = collect(policy, env, critic, args, state.iteration)
+            check_log_probs(policy, rollout, args)
+            rollout.advantages, rollout.returns = advantages(rollout, args)
+            logs["explained"] = explained_variance(rollout)
+            rollout.advantages = normalise(rollout.advantages)
+            updates = []
+            for minibatch in minibatches(rollout, args, state.iteration):
+                stats = torch.zeros(len(STATS), device=policy.device)
+                for part in minibatch.split(args.micro_batch):
+                    logp, entropy, value = policy.evaluate(**part.inputs)
+                    loss, part_stats = ppo_loss(logp, entropy, value, part, args)
+                    share = len(part) / minibatch.size
+                    (share * loss).backward()
+                    stats += share * part_stats
+                update = dict(zip(STATS, all_sum(stats).tolist()))
+                rl_gradients = copy_gradients(parameters)
+                if real is not None:
+                    real_loss = torch.zeros(1, device=policy.device)
+                    for loss, _ in sft_warmstart.supervised_losses(policy, next(real), args.sft):
+                        (args.lambda_real * loss).backward()
+                        real_loss += loss.detach()
+                    update["real"] = all_sum(real_loss).item()
+                sft_warmstart.sum_gradients(parameters)
+                update.update(gradient_angle(parameters, rl_gradients, args.lambda_real))
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                if finite.check(f"iteration {state.iteration}", grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
+                updates.append(dict(update, grad_norm=grad_norm.item()))
+                if args.target_kl and update["kl"] > args.target_kl:
+                    break
+            if critic is not None:
+                critic.fit(rollout, args, state.iteration)
+            state.iteration += 1
+
+            logs.update(mean_of(updates), updates=len(updates), skipped=finite.skipped)
+            if held_out is not None and state.iteration % HELD_OUT_EVERY == 0:
+                micro_batch = args.sft.micro_batch
+                logs["held_out/real"] = sft_warmstart.held_out_loss(policy, held_out, micro_batch)
+            log.write(state.iteration, logs)
+            bar.set_postfix_str(progress(logs))
+            bar.update()
+            if state.iteration % SAVE_EVERY == 0:
+                state.save(out / "resume.pt", args)
+    state.save(out / "resume.pt", args)
+    if rank() == 0:
+        evaluate.curves({out.name: log.rows}, out / "curves.png")
+    return state.iteration >= args.iterations
+
+
+@dataclasses.dataclass
+class Rollout:
+    """T decisions in each of N environments; row t * N + i is decision t of environment i."""
+
+    inputs: dict  # of policy.evaluate: images or features, instructions, trace, state
+    logp: torch.Tensor  # (T N,) float32, as acted
+    values: torch.Tensor  # (T, N) V of the observation that was decided on
+    next_values: (
+        torch.Tensor
+    )  # (T, N) V of what followed, before any reset; 0 after a termination
+    rewards: torch.Tensor  # (T, N)
+    ended: torch.Tensor  # (T, N) bool, terminated or truncated
+    privileged: torch.Tensor  # (T, N, P) simulator's state, or None
+    advantages: torch.Tensor = None  # (T, N)
+    returns: torch.Tensor = None  # (T, N) targets of the values
+
+    def select(self, rows):
+        """The decisions `rows` (m,) as a Minibatch."""
+        return Minibatch(
+            select(self.inputs, rows),
+            self.logp[rows],
+            self.values.flatten()[rows],
+            self.advantages.flatten()[rows],
+            self.returns.flatten()[rows],
+        )
+
+
+@dataclasses.dataclass
+class Minibatch:
+    """m decisions of this rank, for one optimizer step."""
+
+    inputs: dict  # of policy.evaluate
+    logp: torch.Tensor  # (m,) of the rollout
+    values: torch.Tensor  # (m,) of the rollout
+    advantages: torch.Tensor  # (m,) normalised
+    returns: torch.Tensor  # (m,)
+    size: float = None  # M, its decisions over all ranks
+
+    def __len__(self):
+        return len(self.logp)
+
+    def split(self, most):
+        """Yield parts of at most `most` decisions."""
+        for rows in torch.arange(len(self)).split(most):
+            yield Minibatch(
+                select(self.inputs, rows),
+                self.logp[rows],
+                self.values[rows],
+                self.advantages[rows],
+                self.returns[rows],
+            )
+
+
+@torch.no_grad()
+def collect(policy, env, critic, args, iteration):
+    """Let the policy act for T decisions in N environments, starting with new episodes.
+
+    V is the policy's value head or, if given, the critic's reading of the simulator's state.
+    Returns a Rollout and the log: success of the first episode of each environment (one that T cuts
+    short is no success), mean sum of rewards, seconds of acting and of simulating, and the control
+    steps per second that were commanded.
+    """
+    generator = torch.Generator(policy.device)
+    generator.manual_seed(random_seed(args.seed, iteration, rank(), COLLECT))
+    obs = env.reset(first_episode=rank() + world() * EPISODES * iteration)
+    tasks = np.array(env.task)  # of the first episodes
+    outcome = np.full(env.num_envs, np.nan)  # their success, once they have ended
+    seconds = dict(act=0.0, env=0.0)
+    steps = []
+    for _ in range(args.horizon):
+        start = time.perf_counter()
+        inputs = policy_inputs(policy, obs)
+        decision = policy.act(**inputs, generator=generator)
+        value = decision.value if critic is None else critic(obs)
+        acted = time.perf_counter()
+        privileged = obs.get("privileged")
+        obs, reward, terminated, truncated, info = env.step(decision.actions.cpu().numpy())
+        final_value = torch.zeros(env.num_envs, device=policy.device)  # 0 where it terminated
+        rows = np.flatnonzero(truncated[info["ended"]])
+        if len(rows):
+            final_obs = select(info["final_obs"], rows)
+            final_value[info["ended"][rows]] = state_value(policy, critic, final_obs)
+        first = info["ended"][np.isnan(outcome[info["ended"]])]
+        outcome[first] = info["success"][first]
+        ended = terminated | truncated
+        steps.append((inputs, decision, value, final_value, reward, ended, privileged))
+        seconds["act"] += acted - start
+        seconds["env"] += time.perf_counter() - acted
+    rollout = stack(steps, state_value(policy, critic, obs))
+    commanded = len(rollout.logp) * policy.chunk
+    return rollout, rollout_logs(env, tasks, outcome, seconds, commanded, rollout.rewards)
+
+
+def advantages(rollout, args):
+    """Advantages and value targets (T, N) of a rollout: GAE. The place for another estimator.
+
+    The state critic's targets have a lambda of their own, CRITIC_LAMBDA: its variance matters less
+    than its bias, which the policy inherits.
+    """
+    parts = rollout.rewards, rollout.values, rollout.next_values, rollout.ended, args.gamma
+    advantage, returns = gae(*parts, args.gae_lambda)
+    if args.critic == "state":
+        returns = gae(*parts, CRITIC_LAMBDA)[1]
+    return advantage, returns
+
 
 def gae(rewards, values, next_values, ended, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). All (T, N); next_values[t] = V of the observation that
-    decision t led to, before any reset: 0 where the episode terminated, V(final observation) at a time limit.
-        delta_t = r_t + gamma V(s_t+1) - V(s_t)        A_t = delta_t + gamma lambda A_t+1, cut where an episode ended
-    Returns advantages and value targets A + V."""
-    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    """Generalised advantage estimation (Schulman et al. 2016); all arguments (T, N).
+
+        delta_t = r_t + gamma V(s_t+1) - V(s_t)
+        A_t     = delta_t + gamma lambda A_t+1,     cut where an episode ended
+
+    next_values[t] is V of the observation that decision t led to, before any reset: 0 where the
+    episode terminated, V(final observation) at a time limit. Returns A and the targets A + V.
+    """
+    advantage = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_values[t] - values[t]
         last = delta + gamma * gae_lambda * ~ended[t] * last
-        advantages[t] = last
-    return advantages, advantages + values
+        advantage[t] = last
+    return advantage, advantage + values
+
+
+STATS = ("ppo", "value", "entropy", "kl", "clipped")  # what ppo_loss logs
+
 
 def ppo_loss(logp, entropy, value, old, args):
-    """L_PPO of M decisions (Schulman et al. 2017), the mean of
-        - min(r A, clip(r, 1 - eps, 1 + eps) A)                             r = exp(logp - logp of the rollout)
-        + w max(h(R - V), h(R - V_old - clip(V - V_old, +-c)))              h = Huber, delta 10
+    """L_PPO of m decisions (Schulman et al. 2017), the mean of
+
+        - min(r A, clip(r, 1 - eps, 1 + eps) A)                   r = exp(logp - logp_old)
+        + max(h(R - V), h(R - V_old - clip(V - V_old, -c, c)))    h = Huber; with --critic head
         - entropy weight * H
-    old: dict of the rollout's logp, value, advantage (normalised), target (M,). Returns the loss, {name: value}."""
-    log_ratio = logp - old["logp"]
-    ratio, advantage = log_ratio.exp(), old["advantage"]
-    policy = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
-    huber = lambda x: F.huber_loss(x, old["target"], reduction="none", delta=10.)
-    error = huber(value)
-    if args.value_clip:
-        error = torch.max(error, huber(old["value"] + (value - old["value"]).clamp(-args.value_clip, args.value_clip)))
-    loss = policy + args.value_weight * error.mean() - args.entropy * entropy.mean()
-    return loss, dict(ppo=policy, value=error.mean(), entropy=entropy.mean(), kl=(ratio - 1 - log_ratio).mean(),
-                      clipped=((ratio - 1).abs() > args.clip).float().mean(), worst=(ratio - 1).abs().max())
 
-# ---- rollout -------------------------------------------------------------------------------------------------
+    old: a Minibatch, with logp, values, advantages A and returns R of the rollout.
+    Returns the loss and its detached STATS (5,); kl is E[r - 1 - ln r] (Schulman 2020) in nats.
+    """
+    log_ratio = logp - old.logp
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
+    policy_loss = -torch.min(ratio * old.advantages, clipped * old.advantages).mean()
+    loss = policy_loss - args.entropy_weight * entropy.mean()
+    value_loss = torch.zeros_like(loss)
+    if args.critic == "head":
+        error = huber(value, old.returns)
+        if args.clip_value:
+            change = (value - old.values).clamp(-args.clip_value, args.clip_value)
+            error = torch.max(error, huber(old.values + change, old.returns))
+        value_loss = error.mean()
+        loss = loss + value_loss
+    kl = (ratio - 1 - log_ratio).mean()
+    share_clipped = ((ratio - 1).abs() > args.clip_ratio).float().mean()
+    stats = torch.stack([policy_loss, value_loss, entropy.mean(), kl, share_clipped])
+    return loss, stats.detach()
 
-def inputs(policy, obs, frozen):
-    """What act, evaluate and prompt_hidden take: images, or features where the towers are frozen; texts; the state."""
-    images = torch.from_numpy(obs["images"])
-    if frozen:                               # once per observation; all epochs reuse them
-        images = policy.encode_images(images.to(policy.device))
-    extra = dict(state=torch.from_numpy(obs["state"])) if policies.reads_state(policy.settings) else {}
-    return dict(images=images, instructions=obs["instructions"], **extra)
+
+def huber(value, target):
+    return F.huber_loss(value, target, reduction="none", delta=10.0)
+
+
+def normalise(advantage):
+    """Advantages (T, N) with mean 0 and standard deviation 1 over all ranks."""
+    count, total, squares = rank_moments(advantage)
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
+    return ((advantage - mean) / (std + 1e-5)).float()
+
+
+def minibatches(rollout, args, iteration):
+    """Yield this rank's share of all minibatches; none while only the critic trains."""
+    if iteration < args.critic_warmup:
+        return
+    count = torch.tensor(float(len(rollout.logp)), device=rollout.logp.device)
+    pieces = max(1, round(all_sum(count).item() / args.minibatch))
+    for epoch in range(args.epochs):
+        shuffle = torch.Generator().manual_seed(random_seed(args.seed, iteration, rank(), epoch))
+        order = torch.randperm(len(rollout.logp), generator=shuffle)
+        for k, rows in enumerate(order.tensor_split(pieces)):
+            # Augmentation and noise of the real batch draw from the global generator.
+            torch.manual_seed(random_seed(args.seed, iteration, rank(), epoch, k))
+            minibatch = rollout.select(rows)
+            minibatch.size = all_sum(torch.tensor(float(len(rows)), device=rollout.logp.device))
+            yield minibatch
+
+
+class StateCritic(nn.Module):
+    """V as a function of the simulator's state: an asymmetric critic (Pinto et al. 2018).
+
+    Only training needs a critic, and only simulation trains, so it may know what no robot knows.
+    """
+
+    def __init__(self, env, args):
+        super().__init__()
+        size = getattr(env, "privileged_size", 0)
+        if not size:
+            raise ValueError(
+                "--critic state: got an environment without privileged state; need "
+                "obs['privileged'] and privileged_size; try --critic head"
+            )
+        torch.manual_seed(args.seed)  # the same weights on all ranks
+        self.layers = nn.Sequential(
+            nn.Linear(size, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1)
+        )
+        self.optimizer = torch.optim.Adam(self.layers.parameters(), args.value_lr)
+
+    def value(self, privileged):
+        """(.., P) -> (..)"""
+        return self.layers(privileged)[..., 0]
+
+    def forward(self, obs):
+        """V of an observation with N environments, (N,)."""
+        device = self.layers[0].weight.device
+        return self.value(torch.from_numpy(obs["privileged"]).to(device))
+
+    def fit(self, rollout, args, iteration):
+        """Regress the returns of a rollout on its states."""
+        states = rollout.privileged.flatten(0, 1)  # (T N, P)
+        returns = rollout.returns.flatten()  # (T N,)
+        parameters = list(self.layers.parameters())
+        for epoch in range(CRITIC_EPOCHS):
+            seed = random_seed(args.seed, iteration, rank(), epoch, CRITIC)
+            order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))
+            for rows in order.split(max(1, CRITIC_BATCH // world())):
+                loss = F.mse_loss(self.value(states[rows]), returns[rows])
+                (loss / world()).backward()
+                sft_warmstart.sum_gradients(parameters)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+
+# ---- parts of the loop: checks, logs, data of a rollout ----------------------------------------
+
+
+COLLECT = 1 << 20  # purposes of random numbers, so that no two draws share a seed
+CRITIC = 1 << 21
+
 
 @torch.no_grad()
-def rollout(policy, env, steps, generator, frozen, critic=None):
-    """T decisions in each environment, starting with new episodes; V is the policy's value head, or what critic makes
-    of the simulator's state. Returns (T, N) lists and tensors of what update() needs, and the log: (successes,
-    episodes) of the first episodes of each task (one that T cuts short is no success), sum of rewards, seconds."""
-    tensor = lambda x: torch.from_numpy(x).to(policy.device)
+def check_log_probs(policy, rollout, args):
+    """Stop the run unless evaluate() agrees with act(): the first ratio after a rollout is 1.
 
-    def value(obs):                          # (N,)
-        if critic is not None:
-            return critic(tensor(obs["truth"]))
-        return policy.value_head(policy.prompt_hidden(**inputs(policy, obs, frozen)))[:, 0]
+    With bf16, act (which has a key/value cache) rounds differently from evaluate; the rollout then
+    takes evaluate's log-probabilities, provided that they are close.
+    """
+    rows = torch.arange(len(rollout.logp))
+    if args.dtype == "float32":
+        rows = rows[:: max(1, len(rows) // 64)]  # a sample is enough
+    logp = torch.cat(
+        [
+            policy.evaluate(**select(rollout.inputs, part))[0]
+            for part in rows.split(args.micro_batch)
+        ]
+    )
+    error = ((logp - rollout.logp[rows]).exp() - 1).abs()
+    error = error.max() if args.dtype == "float32" else error.median()
+    if error > RATIO_TOLERANCE[args.dtype]:
+        raise RuntimeError(
+            f"first ratio after a rollout: got {error:.1e} away from 1; need less than "
+            f"{RATIO_TOLERANCE[args.dtype]:.0e}: act and evaluate disagree; try to look at "
+            "temperature, prompt padding, train()/eval(), dtype, or features of other weights"
+        )
+    if args.dtype != "float32":
+        rollout.logp = logp
 
-    obs, rows, n = env.reset(), [], env.num_envs
-    tasks = env.task.copy()                  # of the first episodes
-    outcome, seconds = np.full(n, -1.), dict(act=0., env=0.)
-    for _ in range(steps):
-        start = time.perf_counter()
-        seen = inputs(policy, obs, frozen)
-        decision = policy.act(**seen, generator=generator)
-        here, truth = decision.value if critic is None else value(obs), tensor(obs["truth"])
-        middle = time.perf_counter()
-        obs, reward, terminated, truncated, info = env.step(decision.actions.cpu().numpy())
-        future = torch.zeros(n, device=policy.device)          # V(final observation) where time was up
-        late = [k for k, i in enumerate(info["ended"]) if truncated[i]]
-        if late:
-            future[info["ended"][late]] = value({
-                key: [x[k] for k in late] if key == "instructions" else x[late]
-                for key, x in info["final_obs"].items()})
-        first = [i for i in info["ended"] if outcome[i] < 0]
-        outcome[first] = info["success"][first]
-        rows.append((seen, decision, here, future, truth, tensor(reward), tensor(terminated | truncated)))
-        seconds["act"] += middle - start
-        seconds["env"] += time.perf_counter() - middle
-    seen, decisions, *columns = zip(*rows)
-    values, futures, truth, rewards, ended = map(torch.stack, columns)                       # (T, N), truth (T, N, 16)
-    following = torch.cat([values[1:], value(obs)[None]])
-    data = {key: torch.cat([each[key] for each in seen]) for key in seen[0] if key != "instructions"}
-    data.update(instructions=[text for each in seen for text in each["instructions"]],
-                trace={key: torch.cat([each.trace[key] for each in decisions]) for key in decisions[0].trace},
-                logp=torch.cat([each.logp for each in decisions]), values=values, rewards=rewards, ended=ended,
-                truth=truth, next_values=torch.where(ended, futures, following))
-    score = {}
+
+def explained_variance(rollout):
+    """1 - E[(R - V)^2] / Var(R) over all ranks, before the update."""
+    count, total, squares = rank_moments(rollout.returns)
+    variance = squares / count - (total / count) ** 2
+    residual = rank_moments(rollout.returns - rollout.values)[2] / count
+    return (1 - residual / variance.clamp(min=1e-12)).item()
+
+
+def rank_moments(x):
+    """Count, sum and sum of squares (float64 scalars) of a tensor over all ranks."""
+    x = x.double()
+    return all_sum(torch.stack([torch.ones_like(x).sum(), x.sum(), (x**2).sum()]))
+
+
+def gradient_angle(parameters, rl_gradients, lambda_real):
+    """Norms of the gradients of L_PPO and of L_SFT(real), before lambda, and their cosine.
+
+    parameters have the gradient of both, summed over ranks; rl_gradients are this rank's of L_PPO.
+    """
+    rl = sft_warmstart.summed(rl_gradients)
+    rl_norm = torch.stack([g.norm() for g in rl]).norm()
+    if not lambda_real:
+        return dict(grad_rl=rl_norm.item())
+    real = [(total - g) / lambda_real for total, g in zip(copy_gradients(parameters), rl)]
+    real_norm = torch.stack([g.norm() for g in real]).norm()
+    dot = sum((a * b).sum() for a, b in zip(rl, real))
+    cosine = dot / (rl_norm * real_norm).clamp(min=1e-30)
+    return dict(grad_rl=rl_norm.item(), grad_real=real_norm.item(), cosine=cosine.item())
+
+
+def policy_inputs(policy, obs):
+    """What act, evaluate and value take of an observation.
+
+    With a frozen vision tower the images are replaced by its features, which all epochs use again.
+    """
+    images = torch.from_numpy(obs["images"])
+    if getattr(policy, "vision_frozen", False):
+        images = policy.encode_images(images.to(policy.device))
+    inputs = dict(images=images, instructions=obs["instructions"])
+    if policy.reads_state:
+        inputs["state"] = torch.from_numpy(obs["state"])
+    return inputs
+
+
+def state_value(policy, critic, obs):
+    """V of an observation (n,), by the critic or else by the policy's value head."""
+    if critic is not None:
+        return critic(obs)
+    return policy.value(**policy_inputs(policy, obs))
+
+
+def select(values, rows):
+    """The same rows of all values of a dict: tensors, arrays, lists and dicts of them."""
+    chosen = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            chosen[key] = select(value, rows)
+        elif isinstance(value, list):
+            chosen[key] = [value[i] for i in rows.tolist()]
+        else:
+            chosen[key] = value[rows]
+    return chosen
+
+
+def stack(steps, last_value):
+    """Turn the steps of collect() into a Rollout. last_value (N,): V of the last observation."""
+    inputs, decisions, values, final_values, rewards, ended, privileged = zip(*steps)
+    device = last_value.device
+    flat = {
+        key: torch.cat([each[key] for each in inputs])
+        for key in inputs[0]
+        if key != "instructions"
+    }
+    flat["instructions"] = sum((each["instructions"] for each in inputs), [])
+    traces = [decision.trace for decision in decisions]
+    flat["trace"] = {key: torch.cat([trace[key] for trace in traces]) for key in traces[0]}
+    values = torch.stack(values)  # (T, N)
+    ended = torch.from_numpy(np.stack(ended)).to(device)
+    following = torch.cat([values[1:], last_value[None]])
+    if privileged[0] is not None:
+        privileged = torch.from_numpy(np.stack(privileged)).to(device)  # (T, N, P)
+    return Rollout(
+        inputs=flat,
+        logp=torch.cat([decision.logp for decision in decisions]),
+        values=values,
+        next_values=torch.where(ended, torch.stack(final_values), following),
+        rewards=torch.from_numpy(np.stack(rewards)).to(device),
+        ended=ended,
+        privileged=privileged,
+    )
+
+
+def rollout_logs(env, tasks, outcome, seconds, commanded, rewards):
+    """What collect() logs, over all ranks.
+
+    tasks, outcome (N,): task and success (nan: T cut it short) of the first episodes; commanded:
+    control steps that this rank asked for.
+    """
+    counts = []
     for task in env.tasks:
-        score |= {f"successes/{task}": (outcome[tasks == task] > 0).sum(), f"episodes/{task}": (tasks == task).sum()}
-    return data, dict(score, reward=rewards.sum().item(), **seconds)
-
-# ---- update --------------------------------------------------------------------------------------------------
-
-def take(data, rows):
-    """Those rows of what evaluate() needs."""
-    device = data["logp"].device
-    chosen = {key: data[key][rows.to(data[key].device)].to(device) for key in ("images", "state") if key in data}
-    return dict(chosen, instructions=[data["instructions"][i] for i in rows.tolist()],
-                trace={key: x[rows] for key, x in data["trace"].items()})
-
-def gradients(policy, data, rows, real, args):
-    """p.grad = g_PPO + lambda g_real, summed over ranks, for this rank's rows of the minibatch -> {name: value}.
-    real: the endless batches of real demonstrations, or None."""
-    params = [p for p in policy.parameters() if p.requires_grad]
-    count, sums, worst = all_sum(torch.tensor(float(len(rows)), device=policy.device)), {}, 0.
-    for p in params:
-        p.grad = None
-    for part in rows.split(args.micro_batch):
-        old = {key: data[key][part] for key in ("logp", "value", "advantage", "target")}
-        loss, stats = ppo_loss(*policy.evaluate(**take(data, part)), old, args)
-        share = len(part) / count
-        (share * loss).backward()
-        worst = max(worst, stats.pop("worst").item())
-        for key, value in stats.items():
-            sums[key] = sums.get(key, 0.) + (share * value).detach().double()
-    sum_gradients(params)
-    logs = dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist()), worst=worst)
-    rl = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    if real is not None:
-        for p in params:
-            p.grad = None
-        logs["real"] = sft_warmstart.loss_and_gradients(policy, next(real), args.sft)["loss/real"]
-        anchor = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        dot = sum((a * b).sum() for a, b in zip(rl, anchor)).item()
-        norms = [math.sqrt(sum(g.pow(2).sum() for g in each)) for each in (rl, anchor)]
-        logs.update(grad_rl=norms[0], grad_real=norms[1], cosine=dot / max(norms[0] * norms[1], 1e-30))
-        torch._foreach_add_(rl, anchor, alpha=args.lambda_real)
-    for p, g in zip(params, rl):
-        p.grad = g
+        counts.append([(outcome[tasks == task] == 1).sum(), (tasks == task).sum()])
+    others = [seconds["act"], seconds["env"], commanded, rewards.sum().item(), env.num_envs]
+    sums = torch.tensor([*np.ravel(counts), *others], dtype=torch.float64, device=rewards.device)
+    sums = all_sum(sums).tolist()
+    successes = sums[0:-5:2]
+    episodes = sums[1:-5:2]
+    act, simulate, commanded, reward, num_envs = sums[-5:]
+    logs = dict(success=sum(successes) / sum(episodes), reward=reward / num_envs)
+    if len(env.tasks) > 1:
+        for task, won, played in zip(env.tasks, successes, episodes):
+            logs[f"success/{task}"] = won / max(1, played)
+    logs.update(act_s=act / world(), env_s=simulate / world())
+    logs["env_steps_per_s"] = commanded / (logs["act_s"] + logs["env_s"])
     return logs
 
-class Learner:
-    """All that changes while training: weights, optimizer, iteration, position in the real batches."""
 
-    def __init__(self, args, policy, real, rank, world):
-        self.args, self.policy, self.real, self.rank, self.world = args, policy, real, rank, world
-        self.iteration = self.skipped = 0
-        self.named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.actor = [p for name, p in self.named.items() if not name.startswith("value_head.")]
-        critic = [p for name, p in self.named.items() if name.startswith("value_head.")]
-        self.optimizer = torch.optim.AdamW([dict(params=self.actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
-                                           betas=(.9, args.beta2), weight_decay=.01)
-        self.critic = None
-        if args.critic == "state":           # the same weights on all ranks, whatever happened to the global generator
-            torch.manual_seed(args.seed)
-            self.critic = nn.Sequential(nn.Linear(envs.TRUTH, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(),
-                                        nn.Linear(128, 1), nn.Flatten(-2)).to(policy.device)
-            self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.value_lr)
+def mean_of(updates):
+    """Means of the logs of all optimizer steps of an iteration."""
+    if not updates:
+        return {}
+    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
 
-    def update(self, data):
-        """Epochs of minibatches over this rank's rollout -> {name: mean over optimizer steps}."""
-        args, device = self.args, self.policy.device
-        gains = [data[key] for key in ("rewards", "values", "next_values", "ended")] + [args.gamma]
-        advantage, target = gae(*gains, args.gae_lambda)                                     # (T, N)
+
+def progress(logs):
+    """What the progress bar shows."""
+    shown = f"success {logs['success']:.0%}  {logs['env_steps_per_s']:.0f} steps/s"
+    for name in ("kl", "real"):
+        if name in logs:
+            shown += f"  {name} {logs[name]:.3g}"
+    return shown
+
+
+def optimizer_groups(policy, args):
+    """Parameter groups: the value head has a learning rate of its own."""
+    trained = sft_warmstart.trainable(policy)
+    head = {name: p for name, p in trained.items() if name.startswith("value_head.")}
+    rest = {name: p for name, p in trained.items() if name not in head}
+    groups = sft_warmstart.parameter_groups(rest, args.weight_decay, lr=args.lr)
+    return groups + sft_warmstart.parameter_groups(head, args.weight_decay, lr=args.value_lr)
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that changes while training, and its checkpoint."""
+
+    policy: nn.Module
+    optimizer: torch.optim.Optimizer
+    critic: nn.Module
+    real: object
+    iteration: int = 0
+
+    def save(self, path, args):
+        """Write resume.pt."""
+        critic = None
         if self.critic is not None:
-            target = gae(*gains, CRITIC_LAMBDA)[1]
-        moments = all_sum(torch.stack([torch.ones_like(advantage), advantage, advantage ** 2]).double().sum((1, 2)))
-        mean, square = (moments[1:] / moments[0]).tolist()     # over all ranks
-        variance = square - mean ** 2
-        left = all_sum((target - data["values"]).pow(2).double().sum()) / moments[0]
-        spread = all_sum((target - all_sum(target.double().sum()) / moments[0]).pow(2).sum()) / moments[0]
-        data.update(advantage=((advantage - mean) / (math.sqrt(max(variance, 0)) + 1e-5)).flatten(),
-                    target=target.flatten(), value=data["values"].flatten())
-        drift = self.settle(data) if args.dtype == "bfloat16" else 0.
-        pieces = max(1, round(moments[0].item() / args.minibatch))
-        history, frozen = [], self.iteration < args.critic_warmup
-        only_critic = frozen and self.critic is not None       # one minibatch checks the ratio, then the critic learns
-        for epoch in range(args.epochs):
-            shuffle = torch.Generator().manual_seed(number(args.seed, self.iteration, epoch, self.rank))
-            order = torch.randperm(advantage.numel(), generator=shuffle).to(device)
-            for k, rows in enumerate(order.tensor_split(pieces)):
-                torch.manual_seed(number(args.seed, self.iteration, epoch * pieces + k, self.rank) + 1)
-                logs = gradients(self.policy, data, rows, None if frozen else self.real, args)
-                if not history and (logs["worst"] > RATIO_TOLERANCE[args.dtype] or drift > DRIFT):
-                    raise RuntimeError(
-                        f"iteration {self.iteration}: the first ratio after a rollout is off by {logs['worst']:.1e}, "
-                        f"allowed {RATIO_TOLERANCE[args.dtype]:.0e}; log-probs by {drift:.2g} nats, allowed {DRIFT} "
-                        "(both 0 in exact arithmetic): act and evaluate disagree. Look at temperature, "
-                        "prompt padding, train()/eval(), dtype, stale features or weights changed in between")
-                for p in self.actor if frozen else ():         # the value head learns alone
-                    p.grad = None
-                logs["grad_norm"] = nn.utils.clip_grad_norm_(self.named.values(), args.clip_norm or math.inf).item()
-                history.append(logs | dict(skipped=not self.step(logs)))
-                enough = only_critic or args.target_kl and logs["kl"] > args.target_kl
-                if enough:
-                    break
-            if enough:
-                break
-        if self.critic is not None:
-            self.fit_critic(data["truth"].flatten(0, 1), data["target"])
-        kept = [key for key in logs if key != "value" or args.value_weight]       # else of a head that judges nothing
-        fine = [logs for logs in history if not logs["skipped"]] or history
-        return {key: float(np.mean([logs[key] for logs in fine])) for key in kept} | dict(
-            explained=1 - (left / spread.clamp(min=1e-12)).item(), updates=len(history), worst=history[0]["worst"],
-            skipped=sum(logs["skipped"] for logs in history)) | (dict(drift=drift) if drift else {})
+            critic = [self.critic.state_dict(), self.critic.optimizer.state_dict()]
+        sft_warmstart.save_state(
+            path,
+            saved_flags(args),
+            sft_warmstart.trainable(self.policy),
+            iteration=self.iteration,
+            optimizer=self.optimizer.state_dict(),
+            critic=critic,
+            frozen=frozen_sum(self.policy),
+            real=None if self.real is None else self.real.state_dict(),
+        )
 
-    @torch.no_grad()
-    def settle(self, data):
-        """bfloat16: act, with its cache, rounds otherwise than evaluate, which is then asked for the log-probs of the
-        rollout. Returns by how much they differ: mean over decisions and ranks, nats."""
-        logp = torch.cat([self.policy.evaluate(**take(data, rows))[0] for rows in
-                          torch.arange(len(data["logp"]), device=self.policy.device).split(self.args.micro_batch)])
-        apart, data["logp"] = (logp - data["logp"]).abs().mean(), logp
-        return all_sum(apart / self.world).item()
-
-    def fit_critic(self, truth, target):
-        """Regression of the value targets (M,) on the simulator's state (M, 16). An asymmetric critic (Pinto et al.
-        2018): only training needs it, and only simulation trains. Pictures tell it a few centimetres, the state all."""
-        for epoch in range(CRITIC_EPOCHS):
-            shuffle = torch.Generator().manual_seed(number(self.args.seed, self.iteration, 1 << 14 | epoch, self.rank))
-            for rows in torch.randperm(len(target), generator=shuffle).to(target.device).split(
-                    max(1, CRITIC_BATCH // self.world)):       # as many steps, whatever the number of ranks
-                self.critic_optimizer.zero_grad()
-                (F.mse_loss(self.critic(truth[rows]), target[rows]) / self.world).backward()
-                sum_gradients(list(self.critic.parameters()))
-                self.critic_optimizer.step()
-
-    def step(self, logs):
-        """One optimizer step, unless something is not finite: then False; five of those in a row end the run."""
-        fine = math.isfinite(sum(logs.values()))
-        if fine:
-            self.optimizer.step()
-        self.skipped = 0 if fine else self.skipped + 1
-        if self.skipped == 5:
-            raise RuntimeError(f"iteration {self.iteration}: not finite 5 times in a row: {logs}; lower --lr or "
-                               "--value-lr, or look at the demonstrations with real_data.py")
-        return fine
-
-    def frozen_sum(self):
-        """Of what does not train, and so comes from Stage I's folder again: statistics, and the sum of the weights."""
-        rest = [p.double().sum().item() for p in self.policy.parameters() if not p.requires_grad]
-        return json.dumps(self.policy.statistics, sort_keys=True), math.fsum(rest)
-
-    def save(self, path):
-        sft_warmstart.save_state(dict(
-            args=saved_args(self.args), iteration=self.iteration, optimizer=self.optimizer.state_dict(),
-            frozen=self.frozen_sum(),
-            weights={name: p.detach() for name, p in self.named.items()},
-            critic=self.critic and (self.critic.state_dict(), self.critic_optimizer.state_dict()),
-            real=self.real.state_dict() if self.real is not None else None), path)
-
-    def load(self, path):
-        state = sft_warmstart.load_state(path, saved_args(self.args), (), self.named)
-        if tuple(state["frozen"]) != self.frozen_sum():
-            raise ValueError(f"--resume: {path} goes with a Stage I that has been made anew; choose another --out")
+    def load(self, path, args):
+        """Read resume.pt. ValueError if it is of a run with other flags or with another Stage I."""
+        trained = sft_warmstart.trainable(self.policy)
+        state = sft_warmstart.load_state(
+            path, saved_flags(args), trained, frozen=frozen_sum(self.policy)
+        )
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"][0])
-            self.critic_optimizer.load_state_dict(state["critic"][1])
-        self.iteration = state["iteration"]
+            self.critic.optimizer.load_state_dict(state["critic"][1])
         if self.real is not None:
             self.real.load_state_dict(state["real"])
+        self.iteration = state["iteration"]
 
-def number(seed, iteration, piece, rank):
-    """A seed for each purpose, so that there is no generator state to lose."""
-    return (((seed << 20) + iteration << 16) + piece << 10) + 2 * rank & (1 << 63) - 1
 
-def saved_args(args):
+def frozen_sum(policy):
+    """A sum over the weights that do not train, to tell whether Stage I was made anew."""
+    return math.fsum(p.double().sum().item() for p in policy.parameters() if not p.requires_grad)
+
+
+def saved_flags(args):
     """The flags that a resumed run must share."""
-    free = ("sft", "stage_one", "resume", "ranks", "device", "out", "iterations", "eval_episodes", "save_every")
-    return {key: value for key, value in vars(args).items() if key not in free}
+    return {
+        name: value for name, value in vars(args).items() if name not in ("sft", "iterations")
+    }
 
-# ---- the run -------------------------------------------------------------------------------------------------
 
-def real_batches(args, policy, rank, world):
-    """MixSampler of real demonstrations, and those held out; (None, {}), unopened, if lambda is 0."""
-    if not args.lambda_real and not args.watch_real:
-        return None, {}
-    only_real = copy.copy(args.sft)
-    only_real.sim_ratio = 0.
-    sets, held_out = sft_warmstart.open_sets(only_real, policy, rank)
-    sampler = real_data.MixSampler(None, sets["real"], 0., args.real_batch, args.seed + 1, rank, world)
-    return (sampler if args.lambda_real else None), held_out
+# ---- the main job ------------------------------------------------------------------------------
 
-def success_rates(args, policy, episodes, rank, world, label, frames=0):
-    """{"sim/open-drawer": per-episode dicts} on the evaluation's fixed scenes, gathered from all ranks; printed."""
-    results, blocks = {}, range(rank, math.ceil(episodes / BLOCK), world)
-    for domain in ("sim", "real") if episodes else ():
-        for task in envs.TASKS if args.task == "all" else [args.task]:
-            own = evaluate.evaluate(policy, task, domain, episodes, num_envs=BLOCK, blocks=blocks, frames=frames)
-            parts = [own] * world
-            if world > 1:
-                dist.all_gather_object(parts, own)
-            each = results[f"{NAMES[domain]}/{task}"] = sorted(sum(parts, []), key=lambda one: one["episode"])
-            if rank == 0:
-                row = evaluate.summary(each)
-                tqdm.write(f"{label:14} {NAMES[domain]:9}{task:13} {row['success']:6.1%}   n {row['n']}, 95 % interval "
-                           f"{row['low']:.1%} - {row['high']:.1%}")
-    return results
 
-def start_policy(args, rank, world, device):
-    """The policy that Stage II starts from; runs Stage I first, if need be. None if a signal stopped that."""
-    source = {"base": args.checkpoint or args.policy}.get(args.init, args.init)
-    if args.init == "sft":
-        source = pathlib.Path(args.sft.out, "policy")
-        if args.stage_one:                   # what an interrupted Stage I left is gone on with
-            args.sft.resume = pathlib.Path(args.sft.out, "resume.pt").exists()
-            sft_warmstart.work(args.sft, rank, world, device)
-        if world > 1:
-            dist.barrier()
-        if not source.exists():
-            return None
-    policy = policies.load_policy(source, device, args.dtype, freeze=args.freeze, lora_rank=args.sft.lora_rank,
-                                  gradient_checkpointing=args.gradient_checkpointing, tokenizer=args.tokenizer,
-                                  seed=args.seed)
-    if args.init == "base" and policy.settings["unnorm_key"] is None and len(policy.statistics) != 1:
-        limit = envs.ACTION_LIMIT            # an official base knows many robots, or none: this one's range
-        policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
-    return policy
-
-def iterate(args, learner, env, steps, frozen):
-    """One iteration: rollout and update -> {name: value} over all ranks."""
-    start, i, world, policy = time.perf_counter(), learner.iteration, learner.world, learner.policy
-    clock = dict(env.seconds)                # of physics and of OpenGL, so far
-    env.first_episode = learner.rank + world * EPISODES * i
-    noise = torch.Generator(policy.device).manual_seed(number(args.seed, i, 1 << 15, learner.rank))
-    data, seen = rollout(policy, env, steps, noise, frozen, learner.critic)
-    seen |= {key: env.seconds[key] - clock[key] for key in clock}
-    middle = time.perf_counter()
-    logs, now = learner.update(data), time.perf_counter
-    sums = all_sum(torch.tensor([float(x) for x in seen.values()], dtype=torch.float64, device=policy.device))
-    seen, spent = dict(zip(seen, sums.tolist())), now() - start
-    total = env.num_envs * world             # environments over all ranks
-    won, ended = (np.array([seen[f"{name}/{task}"] for task in env.tasks]) for name in ("successes", "episodes"))
-    if len(env.tasks) > 1:
-        logs |= {f"success/{task}": k / n for task, k, n in zip(env.tasks, won.tolist(), ended.tolist()) if n}
-    return logs | dict(success=won.sum() / max(1, ended.sum()), reward=seen["reward"] / total,
-                       act_s=seen["act"] / world, env_s=seen["env"] / world, update_s=now() - middle,
-                       physics_s=seen["physics"] / world, render_s=seen["gl"] / world,
-                       env_steps_per_s=total * steps * policy.settings.get("chunk", 1) / spent)
-
-def work(args, rank, world, device):
-    """What each rank does: Stage I if need be, evaluation, the loop of Stage II, evaluation."""
-    out, start = pathlib.Path(args.out), time.perf_counter()
-    if rank == 0:
-        print(f"{known_stage(args)}, then {known_anchor(args)}: {args.checkpoint or args.policy}, {args.task} -> {out}")
-        (out / "args.json").write_text(json.dumps(vars(args) | dict(command=sys.argv, sft=vars(args.sft)), indent=1))
-    policy = start_policy(args, rank, world, device)
-    if policy is None:
-        return
-    real, held_out = real_batches(args, policy, rank, world)
-    frozen = not any(p.requires_grad for name, p in policy.named_parameters() if name.startswith(policy.vision))
-    env = envs.VecEnv(args.task, "sim", max(1, args.num_envs // world), RL_SEED + args.seed, policy.image_size,
-                      episode_stride=world, randomise=args.randomise)
-    horizon = max(task.horizon for name, task in envs.TASKS.items() if args.task in (name, "all"))
-    steps = args.steps or math.ceil(horizon / policy.settings.get("chunk", 1))
-    before = first_evaluation(args, policy, rank, world)
-    learner = Learner(args, policy, real, rank, world)
-    if args.resume:
-        learner.load(out / "resume.pt")
-    log = sft_warmstart.Log(out, learner.iteration, rank)
-    stop = torch.zeros(1)                    # a signal may set it while it is being summed: ranks sum a copy
-    with on_signal(lambda *_: stop.fill_(1)), tqdm(total=args.iterations, initial=learner.iteration, desc=out.name,
-                                                   disable=rank > 0, unit="it") as bar:
-        while learner.iteration < args.iterations and not all_sum(stop.clone().to(device)).item():
-            logs = iterate(args, learner, env, steps, frozen)
-            now = learner.iteration = learner.iteration + 1
-            if held_out and (now % 5 == 0 or now == args.iterations):
-                logs |= sft_warmstart.held_out_losses(policy, held_out, args.sft, rank, world)
-            if args.eval_every and now % args.eval_every == 0:
-                logs["eval_episodes"] = min(50, args.eval_episodes)
-                rates = success_rates(args, policy, logs["eval_episodes"], rank, world, f"iteration {now}")
-                logs |= {name: evaluate.summary(episodes)["success"] for name, episodes in rates.items()}
-            log.write(now, logs)
-            bar.set_postfix_str(f"success {logs['success']:.0%} kl {logs['kl']:.3f} clip {logs['clipped']:.0%} "
-                                f"real {logs.get('real', math.nan):.2f} {logs['env_steps_per_s']:.0f} steps/s")
-            bar.update()
-            if rank == 0 and args.save_every and now % args.save_every == 0:
-                learner.save(out / "resume.pt")
-    if rank == 0:
-        learner.save(out / "resume.pt")
-        evaluate.curves({out.name: log.rows}, out / "curves.png")
-    if learner.iteration >= args.iterations:
-        finish(args, policy, before, rank, world, time.perf_counter() - start)
-    elif rank == 0:
-        print(f"interrupted; go on with --resume (the flags as before, {out}/resume.pt)", file=sys.stderr)
-
-def first_evaluation(args, policy, rank, world):
-    """success_rates of the policy that Stage II starts from; kept for --resume."""
-    file = pathlib.Path(args.out, "before.json")
-    before = json.loads(file.read_text()) if args.resume and file.exists() else {}
-    if {len(episodes) for episodes in before.values()} != {args.eval_episodes} - {0}:
-        before = success_rates(args, policy, args.eval_episodes, rank, world, "before")
-        if world > 1:
-            dist.barrier()                   # all have read the old file
-        if rank == 0:
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(before))
-            os.replace(part, file)
-    return before
-
-def finish(args, policy, before, rank, world, seconds):
-    """Checkpoint, evaluation, table, videos."""
+def main_job(args):
+    """Run Stage I if need be, evaluate, run Stage II, evaluate. Returns False if stopped."""
+    start = time.perf_counter()
     out = pathlib.Path(args.out)
-    if rank == 0:
-        sft_warmstart.save_policy(policy, out)
-    after = success_rates(args, policy, args.eval_episodes, rank, world, "after", frames=1)
-    if rank > 0 or not after:
-        return
-    for name, episodes in after.items():
-        evaluate.write_videos(episodes, out / "videos" / name.replace("/", "-"))
-        evaluate.contact_sheet(episodes, out / "videos" / f"{name.replace('/', '-')}.png")
-    rows, paired = [], {name: evaluate.compare(before[name], after[name]) for name in before}
-    for name in before:
-        domain, task = name.split("/")
-        for stage, episodes in ((known_stage(args), before[name]), ("then " + known_anchor(args), after[name])):
-            rows.append(dict(checkpoint=stage, task=task, domain=domain, variant="seen", **evaluate.summary(episodes)))
-    result = dict(command=sys.argv, seconds=seconds, ranks=world, rows=rows, paired=paired)
-    (out / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"\n{evaluate.table(rows)}\n\nAfter against before on the same scenes: " + ";  ".join(
-        f"{name} {each['difference']:+.0%} (McNemar p = {each['p']:.2g})" for name, each in paired.items()))
-    print(f"checkpoint {out}/policy, curves {out}/curves.png, episodes {out}/videos; {seconds:.0f} s, ranks: {world}")
-
-def check_stage_one(args):
-    """ValueError if what is in Stage I's folder was made with other flags; True if it can be used."""
-    folder = pathlib.Path(args.sft.out)
-    if not (folder / "policy").exists():
+    say(f"{stage_name(args)}, then {method_name(args)}: {args.policy}, {args.task} -> {out}")
+    source = args.policy
+    if args.init == "sft":
+        source = stage_one(args.sft)
+        if source is None:
+            return False
+    policy = policies.load_policy(
+        source,
+        sft_warmstart.this_device(),
+        args.dtype,
+        freeze=args.freeze,
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=args.lora_rank > 0,
+        seed=args.seed,
+    )
+    if args.init == "base" and not policy.has_statistics():
+        limit = envs.ACTION_LIMIT  # a base of many robots, or none: the range of this controller
+        policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
+    real, held_out = real_demonstrations(args, policy)
+    env = envs.make_env(
+        args.task,
+        "sim",
+        args.num_envs // world(),
+        RL_SEED + args.seed,
+        policy.image_size,
+        randomise=args.randomise,
+        episode_stride=world(),
+    )
+    longest = max(envs.TASKS[task].horizon for task in env.tasks)      # control steps
+    args.horizon = args.horizon or math.ceil(longest / policy.chunk)
+    before = success_before(args, policy)
+    if not co_train(policy, env, real, args, held_out):
+        say(f"interrupted; the same command with --resume goes on from {out}/resume.pt")
         return False
-    found = json.loads((folder / "args.json").read_text())
-    wrong = sft_warmstart.changed_flags(found, vars(args.sft), ("command", "world", "ranks", "device", "out", "resume"))
-    if wrong:
-        raise ValueError(f"{folder} holds another Stage I: {'; '.join(wrong)}. Remove it, or give --init FOLDER")
+    sft_warmstart.save_policy(policy, out)
+    after = success_rates(args, policy, "after", frames=1)
+    if rank() == 0 and after:
+        report(args, before, after, time.perf_counter() - start)
     return True
 
-def co_train(args):
-    """The main job with args = parse([...]). Returns the checkpoint folder, or None if a signal stopped it."""
-    args.stage_one = args.init == "sft" and not check_stage_one(args)
-    alone = args.stage_one and int(os.environ.get("RANK", 0)) == 0
-    with sft_warmstart.only_run(args.sft.out) if alone else contextlib.nullcontext():
-        return sft_warmstart.run_in(args, work)
 
-def main():
-    sft_warmstart.run_main(co_train, parse)
+def stage_one(options):
+    """Folder of Stage I's policy, trained now if it is missing; None if a signal stopped that."""
+    from filelock import FileLock  # comes with huggingface_hub
+
+    out = pathlib.Path(options.out)
+    lock = FileLock(f"{out}.lock")
+    if rank() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()  # a second run with the same Stage I waits, then finds it here
+    sft_warmstart.barrier()
+    finished = True
+    if not (out / "policy").exists():
+        options.resume = (out / "resume.pt").exists()
+        finished = sft_warmstart.warm_start(options)
+    sft_warmstart.barrier()
+    lock.release()
+    return out / "policy" if finished else None
+
+
+def real_demonstrations(args, policy):
+    """(endless batches or None, held-out Demos or None); (None, None), unopened, if lambda is 0."""
+    if not args.lambda_real and not args.watch_real:
+        return None, None
+    only_real = dataclasses.replace(args.sft, sim_ratio=0.0)
+    training, held_out = sft_warmstart.open_demonstrations(only_real, policy)
+    batches = None
+    if args.lambda_real:
+        batches = real_data.MixSampler(
+            None, training["real"], 0.0, args.real_batch, args.seed + 1, rank(), world()
+        )
+    return batches, held_out.get("real")
+
+
+def success_rates(args, policy, label, frames=0):
+    """{"sim/open-drawer": episodes} of the fixed evaluation scenes; {} with --eval-episodes 0."""
+    if not args.eval_episodes:
+        return {}
+    tasks = sft_warmstart.task_names(args.task)
+    return evaluate.success_rates(
+        policy,
+        tasks,
+        ("sim", "real"),
+        args.eval_episodes,
+        rank(),
+        world(),
+        frames=frames,
+        label=label,
+    )
+
+
+def success_before(args, policy):
+    """success_rates before Stage II, kept in OUT/before.json for --resume."""
+    path = pathlib.Path(args.out, "before.json")
+    if args.resume and path.exists():
+        return policies.read_json(path)
+    before = success_rates(args, policy, "before")
+    if rank() == 0:
+        sft_warmstart.write_json(path, before)
+    return before
+
+
+def stage_name(args):
+    """Name of the policy that Stage II starts from, for tables."""
+    if args.init == "base":
+        return "base policy"
+    if args.init != "sft":
+        return "given policy"
+    return {0: "SFT on real demos", 1: "SFT on simulated demos"}.get(
+        args.sim_ratio, "SFT co-training"
+    )
+
+
+def method_name(args):
+    """Name of Stage II, for tables."""
+    name = f"RL-Co, lambda {args.lambda_real:g}" if args.lambda_real else "RL in simulation alone"
+    return ", ".join([name, *(f"randomised {part}" for part in args.randomise)])
+
+
+def report(args, before, after, seconds):
+    """Print the table; write result.json and videos."""
+    out = pathlib.Path(args.out)
+    rows = []
+    paired = {}
+    for cell, episodes in after.items():
+        domain, task = cell.split("/")
+        where = dict(task=task, domain=domain, variant="seen")
+        rows.append(dict(where, checkpoint=stage_name(args), **evaluate.summary(before[cell])))
+        rows.append(
+            dict(where, checkpoint="then " + method_name(args), **evaluate.summary(episodes))
+        )
+        paired[cell] = evaluate.compare(before[cell], episodes)
+        name = cell.replace("/", "-")
+        evaluate.write_videos(episodes, out / "videos" / name)
+        evaluate.contact_sheet(episodes, out / "videos" / f"{name}.png")
+    result = dict(command=sys.argv, seconds=seconds, ranks=world(), rows=rows, paired=paired)
+    sft_warmstart.write_json(out / "result.json", result)
+    print(f"\n{evaluate.table(rows)}\n\nAfter against before, on the same scenes:")
+    for cell, each in paired.items():
+        print(
+            f"  {cell}: {100 * each['difference']:+.1f} points, 95 % interval "
+            f"{100 * each['low']:+.1f} to {100 * each['high']:+.1f}"
+        )
+    print(f"checkpoint {out}/policy, curves {out}/curves.png, episodes {out}/videos")
+    print(f"{seconds:.0f} s, ranks: {world()}")
+
+
+def parse(argv):
+    """Command line -> Args, resolved."""
+    return sft_warmstart.parse_flags(Args, argv, __doc__).resolve()
+
 
 if __name__ == "__main__":
-    main()
+    sft_warmstart.run_script(main_job, parse)
