@@ -1230,11 +1230,12 @@ class ViT(nn.Module):
 
     Features are the output of block depth - 2, without the final norm, as OpenVLA was trained.
     The last block, the norm and the attention pool are in the official files: they are kept for
-    saving and never run.
+    saving and never run. `implied`: options of timm that follow from reg_tokens.
     """
 
     def __init__(
-        self, size, embed_dim, depth, num_heads, patch_size, mlp_ratio=4.0, reg_tokens=0, **implied
+        self, size, embed_dim, depth, num_heads, patch_size, mlp_ratio=4.0, reg_tokens=0,
+        **implied,
     ):
         super().__init__()
         dim = embed_dim
@@ -1590,7 +1591,7 @@ def find_folder(name):
         return folder
     known = f"one of {list(BUNDLED)}, a folder, or a hub id like openvla/openvla-7b"
     if name in BUNDLED or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        raise ValueError(f"policy {name}: got no {folder}; need {known}; try its spelling")
+        raise ValueError(f"policy {name}: got no {folder}; need {known}; try the spelling")
     from huggingface_hub import snapshot_download
 
     try:

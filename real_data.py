@@ -27,7 +27,6 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import fractions
 import functools
 import hashlib
 import io
@@ -37,7 +36,6 @@ import multiprocessing
 import os
 import pathlib
 import runpy
-import subprocess
 import sys
 import tempfile
 import typing
@@ -55,7 +53,7 @@ STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper_opening", "zero")
 MIN_RANGE = 1e-3       # m or rad; a dimension with q99 - q01 below this hardly moves
 MAX_MOVE = 0.1         # m per control step; a longer move is hardly a delta in metres
 MAX_TURN = 0.5         # rad per control step; a larger turn is hardly a delta in radians
-TIME_TOLERANCE = 1e-4  # s between a row's time and its video frame; LeRobot's own limit
+EXPERT_NOISE = 0.005   # m; disturbs what the scripted expert executes, not what is recorded
 CONVERT = "a convert function (--convert of real_data.py), see open_dataset"
 
 
@@ -112,16 +110,16 @@ def check_demonstrations(demos):
     for key, (dtype, dims) in BATCH.items():
         array = np.asarray(batch.get(key))
         sound = array.dtype == dtype and array.ndim in dims and len(array) == 2
-        need = f"{dtype}, {dims} dimensions, a row per index"
+        sound = sound and np.isfinite(array).all()
+        need = f"finite {dtype}, {dims} dimensions, a row per index"
         problems.need(sound, key, f"{array.dtype} {array.shape}", need, "astype, reshape")
     texts = batch.get("instructions", [])
     sound = len(texts) == 2 and all(isinstance(text, str) for text in texts)
     problems.need(sound, "instructions", texts, "a list of B str", "array.tolist()")
     problems.stop()
-    sound = np.isfinite(batch["actions"]).all()
-    problems.need(sound, "actions", "nan or inf", "finite numbers", "leaving the episode out")
-    sound = batch["pad"].shape == batch["actions"].shape[:2] and not batch["pad"][:, 0].any()
-    problems.need(sound, "pad", batch["pad"], "a flag per action, the first False", "np.zeros")
+    pad = batch["pad"]
+    sound = pad.shape == batch["actions"].shape[:2] and not pad[:, 0].any()
+    problems.need(sound, "pad", pad, "a flag per action, the first False", "np.zeros")
     problems.stop()
 
 
@@ -303,46 +301,35 @@ def sample_shapes(demos):
 
 # ---- normalisation statistics --------------------------------------------------------------
 def statistics(values):
-    """Return exact statistics of values (N, D) over the whole set: {name: (D,) float64}."""
+    """Return exact statistics of values (N, D) over the whole set: {name: list of D numbers}."""
     values = np.asarray(values, np.float64)
     stats = dict(zip(("q01", "q99"), np.quantile(values, (0.01, 0.99), axis=0)))
     for name in ("min", "max", "mean", "std"):
         stats[name] = getattr(values, name)(axis=0)
-    return stats
+    return {name: value.tolist() for name, value in stats.items()}
 
 
 def dataset_statistics(demos):
     """Return statistics of a list of Demos for policy.set_statistics: {"action": .., "state": ..},
-    dicts of lists. Sim and real share them, as in RL-Co: an action means the same in both."""
-    stats = dict(
-        action=statistics(np.concatenate([part.actions for part in demos])),
-        state=statistics(np.concatenate([part.states for part in demos])),
-    )
-    widen(stats["action"])
-    for part in stats.values():
-        for name in part:
-            part[name] = part[name].tolist()
-    return stats
+    as of statistics(). Sim and real share them, as in RL-Co: an action means the same in both."""
+    actions = statistics(np.concatenate([part.actions for part in demos]))
+    states = statistics(np.concatenate([part.states for part in demos]))
+    widen(actions)
+    return dict(action=actions, state=states)
 
 
 def widen(stats):
-    """Make q01 .. q99 of actions safe to divide by, in place. Where they collapse, a rare motion
-    would be scaled far beyond [-1, 1]: take min and max instead. Where these collapse as well,
-    noise would be blown up to [-1, 1]: the range becomes MIN_RANGE. The gripper gets [-1, 1].
-    One warning per dimension names it."""
-    names = action_names(len(stats["q01"]))
-    for d in np.flatnonzero(stats["q99"] - stats["q01"] < MIN_RANGE):
-        low, high = stats["min"][d], stats["max"][d]
-        if names[d] == "gripper":
-            low, high = -1.0, 1.0
-        elif high - low < MIN_RANGE:
-            middle = (low + high) / 2
-            low, high = middle - MIN_RANGE / 2, middle + MIN_RANGE / 2
-        stats["q01"][d] = low
-        stats["q99"][d] = high
+    """Make q01 .. q99 of actions fit to scale by, in place. Where they collapse, a rare motion
+    would be scaled far beyond [-1, 1]: take min and max instead, for the gripper [-1, 1]. One
+    warning per dimension names it. The policies widen what is still narrower than MIN_RANGE."""
+    for d, name in enumerate(action_names(len(stats["q01"]))):
+        if stats["q99"][d] - stats["q01"][d] >= MIN_RANGE:
+            continue
+        stats["q01"][d] = -1.0 if name == "gripper" else stats["min"][d]
+        stats["q99"][d] = 1.0 if name == "gripper" else stats["max"][d]
         got = f"q01 and q99 less than {MIN_RANGE:g} apart"
-        need = f"a range to divide by, so {low:.4g} .. {high:.4g} is used"
-        warnings.warn(f"{names[d]}: got {got}; need {need}; try demonstrations that use it")
+        need = "a range to scale by (min and max serve for now)"
+        warnings.warn(f"{name}: got {got}; need {need}; try demonstrations that use it")
 
 
 def action_names(size):
@@ -418,7 +405,7 @@ def warn_of_units(demos):
 
 
 # ---- making demonstrations -----------------------------------------------------------------
-def record(task, domain, seed, image_size, noise, count, first):
+def record(task, domain, seed, image_size, count, first):
     """Record the demonstrator in episodes first .. first + count - 1. Returns its successes in this
     order: (images (T, H, W, 3) uint8, states (T, 8), actions (T, 7), instruction, episode)."""
     import envs
@@ -429,7 +416,7 @@ def record(task, domain, seed, image_size, noise, count, first):
     if domain == "real":  # a person shows the real robot what to do, imperfectly
         expert = envs.Expert(env, "teleop")
     else:
-        expert = envs.Expert(env, "expert", noise)
+        expert = envs.Expert(env, "expert", EXPERT_NOISE)
     obs = env.reset()
     steps = [[] for _ in range(count)]
     running = np.arange(count)
@@ -446,25 +433,28 @@ def record(task, domain, seed, image_size, noise, count, first):
     return recorded
 
 
-def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64, noise=0.005):
+def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64):
     """Record `episodes` demonstrations of a task, or of every task if it is "all", as a LeRobot
     v3.0 data set `out`: the first successes in order of their episode numbers, whatever the number
-    of workers (processes, 0 = one per core). noise [m]: see envs.Expert."""
+    of workers (processes, 0 = one per core)."""
     import envs
 
     workers = workers or cores()
     limit = 20 + 10 * episodes                        # episodes to try
     block = min(16, -(-episodes // workers))          # episodes that a worker records at a time
-    chain = itertools.chain.from_iterable
+
+    def successes(name):
+        work = functools.partial(record, name, domain, seed, image_size, block)
+        # A round at a time: what is not needed is not recorded, and frames do not pile up.
+        for first in range(0, limit, workers * block):
+            for part in pool.map(work, range(first, first + workers * block, block)):
+                yield from part
 
     def demonstrations():
         for name in envs.TASKS if task == "all" else [task]:
-            work = functools.partial(record, name, domain, seed, image_size, noise, block)
-            # A round at a time: what is not needed is not recorded, and frames do not pile up.
-            rounds = itertools.batched(range(0, limit, block), workers)
-            successes = chain(chain(pool.map(work, firsts) for firsts in rounds))
             count = 0
-            for demonstration in tqdm(itertools.islice(successes, episodes), name, episodes):
+            wanted = itertools.islice(successes(name), episodes)
+            for demonstration in tqdm(wanted, name, episodes, unit="episode"):
                 count += 1
                 yield demonstration
             if count < episodes:
@@ -494,7 +484,6 @@ class Recording:
     episodes: list                    # E dicts, LeRobot's metadata
     files: list                       # parquet files with the rows, in order
     owner: np.ndarray                 # (N,) episode number of each frame
-    timestamps: np.ndarray            # (N,) float64 [s]
     instructions: np.ndarray          # (N,) str
     actions: np.ndarray               # (N, A) float32
     states: np.ndarray                # (N, S) float32
@@ -607,14 +596,19 @@ def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=None)
     cameras, available = choose_cameras(features, cameras)
     action = "action" if "action" in features else "actions"
     state = "observation.state" if "observation.state" in features else "state"
-    numbers = ["episode_index", "frame_index", "timestamp", "task_index"]
+    numbers = ("episode_index", "frame_index", "task_index")
     files = sorted((folder / "data").rglob("*.parquet"))
     rows = []
     for file in files:
         rows += read_rows(file, [*numbers, action, state])
     # Some writers store a number as a list of one: hence reshape.
-    owner, frame, times, task = (np.array([row[key] for row in rows]).reshape(-1) for key in numbers)
+    owner, frame, task = (np.array([row[key] for row in rows]).reshape(-1) for key in numbers)
     check_rows(folder, episodes, owner, frame)
+
+    def values(key):
+        cells = [row.get(key, ()) for row in rows]
+        return np.array(cells, np.float32).reshape(len(rows), -1)
+
     recording = Recording(
         folder=folder,
         info=info,
@@ -623,10 +617,9 @@ def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=None)
         episodes=episodes,
         files=files,
         owner=owner,
-        timestamps=times.astype(np.float64),
         instructions=np.array([texts.get(number) for number in task.tolist()], object),
-        actions=np.array([row.get(action, ()) for row in rows], np.float32),
-        states=np.array([row.get(state, ()) for row in rows], np.float32),
+        actions=values(action),
+        states=values(state),
     )
     if convert:
         apply_convert(recording, convert)
@@ -637,9 +630,7 @@ def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=None)
 def check_rows(folder, episodes, owner, frame):
     """Check that the data files hold the rows that the metadata promise, in order."""
     rows = list(zip(owner.tolist(), frame.tolist()))
-    promised = []
-    for episode in episodes:
-        promised += [(episode["episode_index"], t) for t in range(episode["length"])]
+    promised = [(row["episode_index"], t) for row in episodes for t in range(row["length"])]
     if rows != promised or not rows:
         bad = sorted({number for number, _ in set(rows) ^ set(promised)})
         got = f"rows missing, doubled or out of order in episodes {bad}"
@@ -649,17 +640,17 @@ def check_rows(folder, episodes, owner, frame):
 
 def apply_convert(recording, convert):
     """Replace actions, states and instructions of a recording by converted ones."""
-    kinds = dict(actions=np.float32, states=np.float32, instructions=object)
+    names = ("actions", "states", "instructions")
     episodes = []
     for rows in recording.parts():
-        episodes.append(convert({name: getattr(recording, name)[rows] for name in kinds}))
-    for name, kind in kinds.items():
-        values = np.concatenate([episode[name] for episode in episodes])
-        if len(values) != len(recording.owner):
-            got = f"{len(values)} rows of {name}"
-            need = len(recording.owner)
-            raise ValueError(f"convert: got {got}; need {need}; try help(open_dataset)")
-        setattr(recording, name, values.astype(kind))
+        episodes.append(convert({name: getattr(recording, name)[rows] for name in names}))
+    for name in names:
+        before = getattr(recording, name)
+        after = np.concatenate([episode[name] for episode in episodes])
+        if len(after) != len(before):
+            got = f"{len(after)} rows of {name}"
+            raise ValueError(f"convert: got {got}; need {len(before)}; try help(open_dataset)")
+        setattr(recording, name, after.astype(before.dtype))
 
 
 def check_values(recording, action_dim):
@@ -676,41 +667,21 @@ def check_values(recording, action_dim):
 
 
 # ---- pixels and their cache ----------------------------------------------------------------
-def video_times(path):
-    """Return the times (F,) [s] of a video's frames in the order of display; none if the file is
-    no video. Decodes nothing: 20 ms."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-copyts", "-i", path]
-    command += "-map 0:v:0 -c copy -f framecrc -".split()
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    tick = 1                                                  # s
-    ticks = []
-    for line in lines:
-        if line.startswith("#tb"):                            # #tb 0: 1/10240
-            tick = float(fractions.Fraction(line.split()[-1]))
-        elif not line.startswith("#"):                        # stream, dts, pts, ...
-            ticks.append(int(line.split(",")[2]))
-    return np.sort(ticks) * tick
-
-
 def plan_frames(recording):
-    """Return where every frame comes from, {(camera, mp4): [(number, row), ...]}; number: of the
+    """Return where every frame comes from, {(camera, mp4): {number: row}}; number: of the
     frame in the mp4; row: in the whole set. Images in the parquet files (mp4 None) come in the
-    order of the rows. Decodes nothing; what is missing becomes a fault."""
-    jobs = collections.defaultdict(list)
-    times_of = functools.cache(video_times)
+    order of the rows. By the format, an episode's frames follow each other in its mp4."""
+    jobs = collections.defaultdict(dict)
     for camera in recording.cameras:
         for episode, rows in zip(recording.episodes, recording.parts()):
             if recording.info["features"][camera]["dtype"] == "image":
-                jobs[camera, None] += zip(rows, rows)
+                jobs[camera, None].update(zip(rows, rows))
                 continue
             file, start = video_of(recording, episode, camera)
-            times = times_of(file)
-            wanted = start + recording.timestamps[rows]
-            numbers = np.searchsorted(times, wanted - TIME_TOLERANCE)     # first not too early
-            late = np.append(times, np.inf)[numbers] > wanted + TIME_TOLERANCE
-            need = f"one within {TIME_TOLERANCE} s of each timestamp"
-            recording.flag(rows[late], f"{camera}: got frames missing; need {need}; try {FETCH}")
-            jobs[camera, file] += zip(numbers.tolist(), rows.tolist())
+            first = round(start * recording.info["fps"])
+            jobs[camera, file].update(zip(itertools.count(first), rows))
+            if not file.is_file():
+                recording.flag(rows, f"{camera}: got no video; need one; try {FETCH}")
     return jobs
 
 
@@ -808,23 +779,21 @@ def decode(recording, jobs, path, shape, image_size, fit):
     bar = tqdm(total=shape[0] * shape[1], unit="frame", desc="decoding once")
 
     def work(job):
-        (camera, source), wanted = job
+        (camera, source), rows = job
         slot = recording.cameras.index(camera)
-        frames = enumerate(video_frames(source) if source else image_frames(recording.files, camera))
-        at = -1
+        frames = video_frames(source) if source else image_frames(recording.files, camera)
         with open(path, "r+b") as file:
-            for number, row in sorted(wanted):
-                while at < number:    # forward to the frame; past the end there is none
-                    at, image = next(frames, (np.inf, None))
-                bar.update()
-                if image is not None:
-                    image = resize(image, image_size, fit)
-                if image is None or image.shape != shape[2:]:
-                    need = f"frames of {shape[2:]} that can be decoded"
-                    recording.flag([row], f"{camera}: got others; need {need}; try {FETCH}")
+            for number, image in enumerate(frames):
+                if image is None or number not in rows:
                     continue
-                file.seek(offset + (row * shape[1] + slot) * image.nbytes)
-                file.write(image.tobytes())
+                image = resize(image, image_size, fit)
+                if image.shape == shape[2:]:
+                    place = rows.pop(number) * shape[1] + slot
+                    file.seek(offset + place * image.nbytes)
+                    file.write(image.tobytes())
+                    bar.update()
+        need = f"frames of {shape[2:]} that can be decoded"
+        recording.flag(list(rows.values()), f"{camera}: got others; need {need}; try {FETCH}")
 
     with bar, concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         list(pool.map(work, jobs.items()))            # PIL and ffmpeg run outside Python's lock
@@ -921,12 +890,13 @@ def write_tables(folder, size, fps, states, actions, texts, scenes):
     one of each per episode."""
     values = {"observation.state": np.concatenate(states), "action": np.concatenate(actions)}
     tasks = list(dict.fromkeys(texts))
-    number = np.arange(len(texts))
     lengths = np.array([len(part) for part in actions])
     ends = np.cumsum(lengths)
     begins = ends - lengths
+    number = np.arange(len(texts))
+    owner = np.repeat(number, lengths)
     index = np.arange(ends[-1])
-    frame = index - np.repeat(begins, lengths)        # in its episode
+    frame = index - begins[owner]                     # in its episode
     table = {}
     for key, value in values.items():
         table[key] = pa.FixedSizeListArray.from_arrays(pa.array(value.ravel()), value.shape[1])
@@ -934,8 +904,8 @@ def write_tables(folder, size, fps, states, actions, texts, scenes):
         timestamp=(frame / fps).astype(np.float32),
         frame_index=frame,
         index=index,
-        episode_index=np.repeat(number, lengths),
-        task_index=np.repeat([tasks.index(text) for text in texts], lengths),
+        episode_index=owner,
+        task_index=[tasks.index(texts[e]) for e in owner],
     )
     episodes = {
         "episode_index": number,
@@ -969,7 +939,7 @@ def write_info(folder, size, fps, values, episodes, tasks):
     features[CAMERA]["shape"] = [*size, 3]
     stats = {}
     for (key, value), names in zip(values.items(), (STATE_NAMES, ACTION_NAMES)):
-        stats[key] = dict(statistics(value), count=np.array([frames]))
+        stats[key] = dict(statistics(value), count=[frames])
         width = value.shape[1]
         features[key].update(shape=[width], names=names if width == len(names) else None)
     info.update(
@@ -979,8 +949,7 @@ def write_info(folder, size, fps, values, episodes, tasks):
         total_tasks=tasks,
         splits=dict(train=f"0:{episodes}"),
     )
-    text = json.dumps(stats, indent=1, default=np.ndarray.tolist)
-    (folder / "meta/stats.json").write_text(text)
+    (folder / "meta/stats.json").write_text(json.dumps(stats, indent=1))
     (folder / "meta/info.json").write_text(json.dumps(info, indent=1))
 
 
@@ -1021,7 +990,6 @@ def main():
     add("--episodes", type=int, default=50, help="successful demonstrations per task, 1 or more")
     add("--out", help="folder of the new data set, must not exist yet")
     add("--seed", type=int, default=0, help="which scenes and which mistakes, 0 or more")
-    add("--noise", type=float, default=0.005, help="m, 0 to 0.02; disturbs the expert, not labels")
     args = parser.parse_args()
     try:
         path = args.out if args.make else args.path
@@ -1030,7 +998,7 @@ def main():
         convert = load_convert(args.convert) if args.convert else None
         if args.make:
             settings = (args.task, args.domain, args.episodes, path, args.seed)
-            make_demos(*settings, image_size=args.image_size, noise=args.noise)
+            make_demos(*settings, image_size=args.image_size)
         demos = open_dataset(
             path, args.image_size, cameras=args.camera, action_dim=None, convert=convert
         )
