@@ -459,7 +459,7 @@ def parse(argv=None):
     add("--curves", nargs="+", default=[],
         help="draw these metrics.jsonl instead; nothing but --out goes with it")
     add("--task", default="open-drawer", choices=[*envs.TASKS, "all"],
-        help="default: open-drawer")
+        help="the task, or all of them; default: open-drawer")
     add("--domain", default="both", choices=["sim", "real", "both"],
         help="real: the stand-in for a real robot; default: both")
     add("--variants", nargs="+", default=["seen"], choices=[*envs.VARIANTS, "all"],
@@ -468,14 +468,18 @@ def parse(argv=None):
     add("--out", help="folder; default: runs/eval-CHECKPOINT-TASK, or runs/curves")
     add("--workers", type=int, default=0,
         help="processes; they change no result; default: 0, one per CPU core, on a GPU one")
-    add("--decoding", default="deploy", choices=policies.DECODINGS, help="default: deploy")
+    add("--decoding", default="deploy", choices=policies.DECODINGS,
+        help="how actions are chosen; default: deploy")
     add("--seed", type=int, default=EVAL_SEED,
         help=f"seed of scenes and of the policy's noise, >= 0; default: {EVAL_SEED}")
     add("--videos", type=int, default=2,
         help="videos of successes, and of failures, for each success rate, >= 0; default: 2")
-    add("--ablation", default="none", choices=ABLATIONS, help="default: none")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
-    add("--dtype", default="float32", choices=["float32", "bf16"], help="default: float32")
+    add("--ablation", default="none", choices=ABLATIONS,
+        help="what the policy is deprived of; default: none")
+    add("--device", choices=["cpu", "cuda"],
+        help="where the policy runs; default: cuda if there is a GPU")
+    add("--dtype", default="float32", choices=["float32", "bf16"],
+        help="arithmetic of the matrix products; default: float32")
     args = parser.parse_args(argv)
     given = []
     for flag, value in vars(args).items():

@@ -5,7 +5,7 @@
 is realised by sampling: a sample is simulated with probability alpha and real otherwise,
 whatever the sizes of the two sets.
 
-    python real_data.py --make --domain real --task open-drawer --episodes 50 --out demos/real
+    python real_data.py demos/real --make --domain real --task open-drawer --episodes 50
     python real_data.py demos/real                            # data set card, contact sheet
     python real_data.py my_data --convert my_robot.py         # your robot: see open_dataset
 
@@ -125,7 +125,7 @@ def check_demonstrations(demos):
 
 # ---- the data set that trains --------------------------------------------------------------
 class Demos:
-    """Demonstrations of a Recording; their pixels stay in a .npy file, (frames, C, H, W, 3) uint8.
+    """Demonstrations of a Recording; their pixels stay in a file, (frames, C, H, W, 3) uint8.
 
     episodes (E,)       LeRobot's episode numbers; lengths (E,) in frames
     actions (N, A), states (N, S) float32, instructions (N,) str: of the frames
@@ -237,7 +237,7 @@ class MixSampler:
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.sets = [real if alpha < 1 else (), sim if alpha > 0 else ()]  # indexed by batch["sim"]
+        self.sets = [real if alpha < 1 else (), sim if alpha > 0 else ()]  # real first: see draw
         self.step = 0
         self.drawn = [0, 0]                                   # samples so far, of real and of sim
         self.orders = [(-1, None), (-1, None)]                # pass and permutation of each
@@ -268,7 +268,8 @@ class MixSampler:
         self.step += 1
         mine = np.arange(self.rank, self.batch, self.world)
         samples = [self.sets[int(sim[i])].batch(numbers[i : i + 1]) for i in mine]
-        batch = dict(sim=sim[mine], instructions=[sample["instructions"][0] for sample in samples])
+        texts = [sample["instructions"][0] for sample in samples]
+        batch = dict(sim=sim[mine], instructions=texts)
         for key in BATCH:
             batch[key] = np.concatenate([sample[key] for sample in samples])
         return batch
@@ -310,8 +311,8 @@ def statistics(values):
 
 
 def dataset_statistics(demos):
-    """Return statistics of a list of Demos for policy.set_statistics: {"action": .., "state": ..},
-    as of statistics(). Sim and real share them, as in RL-Co: an action means the same in both."""
+    """Return {"action": statistics, "state": statistics} of a list of Demos together, for
+    policy.set_statistics. Sim and real share them, as in RL-Co: actions mean the same in both."""
     actions = statistics(np.concatenate([part.actions for part in demos]))
     states = statistics(np.concatenate([part.states for part in demos]))
     widen(actions)
@@ -333,7 +334,7 @@ def widen(stats):
 
 
 def action_names(size):
-    """Return the names of the action's dimensions: the contract's, or numbers for another size."""
+    """Return the names of the action's dimensions, or numbers if it has another size."""
     if size == len(ACTION_NAMES):
         return ACTION_NAMES
     return [f"action {d}" for d in range(size)]
@@ -357,8 +358,8 @@ def open_dataset(
     cameras     an image feature or its last part (`front`), or up to three; None: choose_cameras
     fit         how a frame becomes square: `stretch` (OpenVLA) or `pad` (pi0.5), see resize
     action_dim  the policy's action size A; None: any
-    convert     function that brings an episode to the contract's units, before any check: gets and
-                returns a dict of actions (T, A), states (T, S), instructions (T strings)
+    convert     function that brings an episode to the contract's units, before any check: gets
+                and returns a dict of actions (T, A), states (T, S), instructions (T strings)
     cache_dir   folder for the decoded frames; None: ~/.cache/sim_real_frames
     ValueError lists everything that is wrong with the set; then nothing was written.
 
@@ -393,11 +394,11 @@ def warn_of_units(demos):
     """Warn of actions that are probably in other units than the contract's."""
     size = np.abs(demos.actions)
     grip = demos.actions[:, 6]
+    zero_to_one = (grip < 0.99) & (grip.min() > -0.01)
     for odd, need in (
         (size[:, :3].max(axis=1) > MAX_MOVE, f"deltas in metres, up to {MAX_MOVE}"),
         (size[:, 3:6].max(axis=1) > MAX_TURN, f"deltas in radians, up to {MAX_TURN}"),
-        (size[:, 6] > 1.01, "a gripper within -1 close .. +1 open"),
-        ((grip < 0.99) & (grip.min() > -0.01), "a gripper of -1 close .. +1 open, not 0 .. 1"),
+        ((size[:, 6] > 1.01) | zero_to_one, "a gripper of -1 close .. +1 open"),
     ):
         if odd.mean() > 0.01:
             where = f"{demos.recording.folder}: got {odd.mean():.0%} of the frames unlike that"
@@ -406,7 +407,7 @@ def warn_of_units(demos):
 
 # ---- making demonstrations -----------------------------------------------------------------
 def record(task, domain, seed, image_size, count, first):
-    """Record the demonstrator in episodes first .. first + count - 1. Returns its successes in this
+    """Record the demonstrator in episodes first .. first + count - 1. Returns its successes in
     order: (images (T, H, W, 3) uint8, states (T, 8), actions (T, 7), instruction, episode)."""
     import envs
 
@@ -421,7 +422,7 @@ def record(task, domain, seed, image_size, count, first):
     steps = [[] for _ in range(count)]
     running = np.arange(count)
     while len(running):
-        executed, label = expert.act()                # (N, 7) each; the noise is in `executed` only
+        executed, label = expert.act()                # (N, 7) each; only `executed` has the noise
         for i in running:
             steps[i].append((obs["images"][i], obs["state"][i], label[i]))
         obs, _, _, _, info = env.step(executed[:, None])
@@ -435,8 +436,8 @@ def record(task, domain, seed, image_size, count, first):
 
 def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64):
     """Record `episodes` demonstrations of a task, or of every task if it is "all", as a LeRobot
-    v3.0 data set `out`: the first successes in order of their episode numbers, whatever the number
-    of workers (processes, 0 = one per core)."""
+    v3.0 data set `out`: the first successes in order of their episode numbers, whatever the
+    number of workers (processes, 0 = one per core)."""
     import envs
 
     workers = workers or cores()
@@ -475,7 +476,7 @@ REPAIR = "repairing or removing these episodes"
 
 @dataclasses.dataclass
 class Recording:
-    """A LeRobot folder, read but for its pixels. The data are sound if `problems` is empty."""
+    """A LeRobot folder, read but for its pixels."""
 
     folder: pathlib.Path
     info: dict                        # meta/info.json
@@ -487,27 +488,22 @@ class Recording:
     instructions: np.ndarray          # (N,) str
     actions: np.ndarray               # (N, A) float32
     states: np.ndarray                # (N, S) float32
-    faults: dict = dataclasses.field(default_factory=dict)  # fault -> numbers of its episodes
 
-    def flag(self, frames, fault):
-        """Note a fault ("what: got ..; need ..; try ..") of the episodes with these frames, a mask
-        or indices, if there are any."""
-        episodes = set(self.owner[frames].tolist())
-        if episodes:
-            self.faults.setdefault(fault, set()).update(episodes)
 
-    @property
-    def problems(self):
-        """Return the faults so far, each with its episodes, as Problems."""
+class Faults(dict):
+    """What is wrong with some episodes: {"what: got ..; need ..; try ..": their numbers}."""
+
+    def need(self, ok, episode, fault):
+        """Note a fault of an episode unless ok."""
+        if not ok:
+            self.setdefault(fault, set()).add(int(episode))
+
+    def stop(self, folder):
+        """Raise one ValueError with all faults and their episodes, if there are any."""
         problems = Problems()
-        for fault, episodes in self.faults.items():
-            problems.append(f"{self.folder}: {fault} (episode {str(sorted(episodes))[1:-1]})")
-        return problems
-
-    def parts(self):
-        """Return the frames of each episode: E arrays of indices."""
-        ends = np.cumsum([episode["length"] for episode in self.episodes])
-        return np.split(np.arange(ends[-1]), ends[:-1])
+        for fault, episodes in self.items():
+            problems.append(f"{folder}: {fault} (episode {str(sorted(episodes))[1:-1]})")
+        problems.stop()
 
 
 def local_folder(path):
@@ -589,113 +585,96 @@ def read_meta(folder):
 
 def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=None):
     """Read a LeRobot data set but for its pixels, into a Recording; arguments as in open_dataset.
-    ValueError where the set as a whole cannot be read: no metadata, rows missing, ..."""
+    ValueError lists all that is wrong with the rows."""
     folder = local_folder(path)
     info, episodes, texts = read_meta(folder)
     features = info["features"]
     cameras, available = choose_cameras(features, cameras)
     action = "action" if "action" in features else "actions"
     state = "observation.state" if "observation.state" in features else "state"
-    numbers = ("episode_index", "frame_index", "task_index")
+    columns = ["episode_index", "frame_index", "task_index", action, state]
     files = sorted((folder / "data").rglob("*.parquet"))
-    rows = []
-    for file in files:
-        rows += read_rows(file, [*numbers, action, state])
-    # Some writers store a number as a list of one: hence reshape.
-    owner, frame, task = (np.array([row[key] for row in rows]).reshape(-1) for key in numbers)
-    check_rows(folder, episodes, owner, frame)
-
-    def values(key):
-        cells = [row.get(key, ()) for row in rows]
-        return np.array(cells, np.float32).reshape(len(rows), -1)
-
-    recording = Recording(
-        folder=folder,
-        info=info,
-        cameras=cameras,
-        available=available,
-        episodes=episodes,
-        files=files,
-        owner=owner,
-        instructions=np.array([texts.get(number) for number in task.tolist()], object),
-        actions=values(action),
-        states=values(state),
-    )
-    if convert:
-        apply_convert(recording, convert)
-    check_values(recording, action_dim)
-    return recording
-
-
-def check_rows(folder, episodes, owner, frame):
-    """Check that the data files hold the rows that the metadata promise, in order."""
-    rows = list(zip(owner.tolist(), frame.tolist()))
-    promised = [(row["episode_index"], t) for row in episodes for t in range(row["length"])]
-    if rows != promised or not rows:
-        bad = sorted({number for number, _ in set(rows) ^ set(promised)})
-        got = f"rows missing, doubled or out of order in episodes {bad}"
-        need = "frames 0 .. length - 1 of one episode or more"
-        raise ValueError(f"{folder}: got {got}; need {need}; try {FETCH}")
+    stream = (row for file in files for row in read_rows(file, columns))
+    faults = Faults()
+    parts = []
+    for episode in episodes:
+        number = episode["episode_index"]
+        length = episode["length"]
+        rows = list(itertools.islice(stream, length))
+        complete = np.array_equal(numbers(rows, "frame_index"), np.arange(length))
+        if not complete or (numbers(rows, "episode_index") != number).any():
+            fault = f"rows: got others; need frames 0 .. length - 1; try {FETCH}"
+            faults.need(False, number, fault)
+            continue
+        part = dict(
+            actions=vectors(rows, action),
+            states=vectors(rows, state),
+            instructions=[texts.get(task) for task in numbers(rows, "task_index").tolist()],
+        )
+        if convert:
+            part = convert(part)
+        check_part(faults, number, length, part, action_dim)
+        parts.append(dict(part, owner=[number] * length))
+    faults.stop(folder)
+    arrays = dict(owner=int, instructions=object, actions=np.float32, states=np.float32)
+    for name, kind in arrays.items():
+        arrays[name] = np.concatenate([part[name] for part in parts]).astype(kind)
+    return Recording(folder, info, cameras, available, episodes, files, **arrays)
 
 
-def apply_convert(recording, convert):
-    """Replace actions, states and instructions of a recording by converted ones."""
-    names = ("actions", "states", "instructions")
-    episodes = []
-    for rows in recording.parts():
-        episodes.append(convert({name: getattr(recording, name)[rows] for name in names}))
-    for name in names:
-        before = getattr(recording, name)
-        after = np.concatenate([episode[name] for episode in episodes])
-        if len(after) != len(before):
-            got = f"{len(after)} rows of {name}"
-            raise ValueError(f"convert: got {got}; need {len(before)}; try help(open_dataset)")
-        setattr(recording, name, after.astype(before.dtype))
+def numbers(rows, column):
+    """Return a column of T rows as (T,) integers; some writers store each as a list of one."""
+    return np.array([row[column] for row in rows]).reshape(-1)
 
 
-def check_values(recording, action_dim):
-    """Check sizes, numbers and texts of a recording; what is wrong becomes a fault."""
-    size = recording.actions.shape[1]
-    if action_dim not in (None, size):
-        need = f"{action_dim} ({' '.join(ACTION_NAMES)})"
-        recording.flag(slice(None), f"actions: got {size} numbers; need {need}; try {CONVERT}")
+def vectors(rows, column):
+    """Return a column of T rows as (T, size) float32; size 0 if there is no such column."""
+    return np.array([row.get(column, ()) for row in rows], np.float32).reshape(len(rows), -1)
+
+
+def check_part(faults, number, length, part, action_dim):
+    """Note what is wrong with the actions, states and instructions of one episode."""
+    for name, values in part.items():
+        got = f"{len(values)} {name} for {length} frames"
+        fault = f"convert: got {got}; need one each; try help(open_dataset)"
+        faults.need(len(values) == length, number, fault)
     for name in ("actions", "states"):
-        bad = ~np.isfinite(getattr(recording, name)).all(axis=1)
-        recording.flag(bad, f"{name}: got nan or inf; need finite numbers; try {REPAIR}")
-    bad = np.array([not text for text in recording.instructions])
-    recording.flag(bad, f"instructions: got none; need a text per frame; try {CONVERT}")
+        finite = np.isfinite(part[name]).all()
+        faults.need(finite, number, f"{name}: got nan or inf; need finite numbers; try {REPAIR}")
+    size = part["actions"].shape[1]
+    need = f"{action_dim} ({' '.join(ACTION_NAMES)})"
+    fault = f"actions: got {size} numbers; need {need}; try {CONVERT}"
+    faults.need(action_dim in (None, size), number, fault)
+    fault = f"instructions: got none; need a text per frame; try {CONVERT}"
+    faults.need(all(part["instructions"]), number, fault)
 
 
 # ---- pixels and their cache ----------------------------------------------------------------
 def plan_frames(recording):
     """Return where every frame comes from, {(camera, mp4): {number: row}}; number: of the
     frame in the mp4; row: in the whole set. Images in the parquet files (mp4 None) come in the
-    order of the rows. By the format, an episode's frames follow each other in its mp4."""
+    order of the rows. By LeRobot's rules, an episode's frames follow each other in its mp4."""
     jobs = collections.defaultdict(dict)
     for camera in recording.cameras:
-        for episode, rows in zip(recording.episodes, recording.parts()):
+        for episode in recording.episodes:
+            rows = np.flatnonzero(recording.owner == episode["episode_index"])
             if recording.info["features"][camera]["dtype"] == "image":
                 jobs[camera, None].update(zip(rows, rows))
-                continue
-            file, start = video_of(recording, episode, camera)
-            first = round(start * recording.info["fps"])
-            jobs[camera, file].update(zip(itertools.count(first), rows))
-            if not file.is_file():
-                recording.flag(rows, f"{camera}: got no video; need one; try {FETCH}")
+            else:
+                file, start = video_of(recording, episode, camera)
+                first = round(start * recording.info["fps"])
+                jobs[camera, file].update(zip(itertools.count(first), rows))
     return jobs
 
 
 def video_of(recording, episode, camera):
     """Return the mp4 of an episode and the time [s] at which the episode starts in it."""
-    place = f"videos/{camera}"
-    names = dict(episode, video_key=camera)
-    if recording.info["codebase_version"] == "v3.0":      # several episodes in a file
-        names["chunk_index"] = episode[f"{place}/chunk_index"]
-        names["file_index"] = episode[f"{place}/file_index"]
-    else:
-        names["episode_chunk"] = episode["episode_index"] // recording.info["chunks_size"]
+    prefix = f"videos/{camera}/"      # v3.0: chunk_index, file_index, from_timestamp
+    names = {key.removeprefix(prefix): value for key, value in episode.items()}
+    chunk = episode["episode_index"] // recording.info["chunks_size"]
+    names.update(video_key=camera, episode_chunk=chunk)
     file = recording.folder / recording.info["video_path"].format_map(names)
-    return file, episode.get(f"{place}/from_timestamp", 0.0)
+    return file, names.get("from_timestamp", 0.0)
 
 
 def video_frames(path):
@@ -715,20 +694,17 @@ def video_frames(path):
 
 
 def image_frames(files, column):
-    """Yield the frames (H, W, 3) uint8 of parquet files with encoded images; None: a broken one."""
+    """Yield the frames (H, W, 3) uint8 of parquet files with encoded images."""
     for file in files:
         for piece in pq.ParquetFile(file).iter_batches(batch_size=64, columns=[column]):
             for cell in piece.column(0).to_pylist():
-                try:
-                    yield np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
-                except (OSError, TypeError, SyntaxError):  # PIL calls a broken PNG a SyntaxError
-                    yield None
+                yield np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
 
 
 def resize(image, size, fit):
     """Make an image square, (H, W, 3) -> (size, size, 3) uint8, bit-equal to the official code.
-    No change if it has the size, or if size is None. fit `stretch`: PIL bicubic, aspect ratio lost
-    (OpenVLA); `pad`: PIL bilinear, centred on black (openpi)."""
+    No change if it has the size, or if size is None. fit `stretch`: PIL bicubic, aspect ratio
+    lost (OpenVLA); `pad`: PIL bilinear, centred on black (openpi)."""
     height, width = image.shape[:2]
     if size is None or (height, width) == (size, size):
         return image
@@ -753,10 +729,8 @@ def cache_frames(recording, image_size, fit, cache_dir):
     name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:24] + ".npy"
     default = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/sim_real_frames"
     cache = pathlib.Path(cache_dir or default).expanduser()
-    if (cache / name).exists() and not recording.faults:
+    if (cache / name).exists():
         return cache / name
-    jobs = plan_frames(recording)
-    recording.problems.stop()         # those of the rows and those of the videos
     size = (image_size, image_size)
     if not image_size:                # the channels come last, in some old sets first
         stored = recording.info["features"][recording.cameras[0]]["shape"]
@@ -765,17 +739,17 @@ def cache_frames(recording, image_size, fit, cache_dir):
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="decoding-", dir=cache) as folder:
         part = pathlib.Path(folder, name)
-        decode(recording, jobs, part, shape, image_size, fit)
-        recording.problems.stop()
+        decode(recording, part, shape, image_size, fit)
         os.replace(part, cache / name)
     return cache / name
 
 
-def decode(recording, jobs, path, shape, image_size, fit):
-    """Decode all jobs into one .npy file of this shape (N, C, H, W, 3), with a thread per job.
+def decode(recording, path, shape, image_size, fit):
+    """Decode all frames into one .npy file of this shape (N, C, H, W, 3), with a thread per mp4.
     Plain writes, no memory map: through a map, a full disk would kill the process without a word,
     and all that was written would count as resident memory."""
     offset = np.lib.format.open_memmap(path, "w+", np.uint8, shape).offset    # header only
+    faults = Faults()
     bar = tqdm(total=shape[0] * shape[1], unit="frame", desc="decoding once")
 
     def work(job):
@@ -784,19 +758,21 @@ def decode(recording, jobs, path, shape, image_size, fit):
         frames = video_frames(source) if source else image_frames(recording.files, camera)
         with open(path, "r+b") as file:
             for number, image in enumerate(frames):
-                if image is None or number not in rows:
-                    continue
                 image = resize(image, image_size, fit)
-                if image.shape == shape[2:]:
+                if number in rows and image.shape == shape[2:]:
                     place = rows.pop(number) * shape[1] + slot
                     file.seek(offset + place * image.nbytes)
                     file.write(image.tobytes())
                     bar.update()
-        need = f"frames of {shape[2:]} that can be decoded"
-        recording.flag(list(rows.values()), f"{camera}: got others; need {need}; try {FETCH}")
+        need = f"one of {shape[2:]} per row"
+        for row in rows.values():     # what is left was not found
+            fault = f"{camera}: got frames missing; need {need}; try {FETCH}"
+            faults.need(False, recording.owner[row], fault)
 
+    # Threads are enough: PIL and ffmpeg run outside Python's lock.
     with bar, concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(work, jobs.items()))            # PIL and ffmpeg run outside Python's lock
+        list(pool.map(work, plan_frames(recording).items()))
+    faults.stop(recording.folder)
 
 
 # ---- writing LeRobot v3.0 ------------------------------------------------------------------
@@ -847,7 +823,7 @@ def write_dataset(folder, episodes, fps):
 
 
 def write_video(path, episodes, fps):
-    """Write the images of all episodes. Returns (H, W), [(states, actions, instruction, scene)]."""
+    """Write the images of all episodes. Returns (H, W) and a list of the rest of each."""
     path.parent.mkdir(parents=True)
     video = None
     rows = []
@@ -859,10 +835,10 @@ def write_video(path, episodes, fps):
             alike = images.shape == (len(states), *size, 3) and len(states) == len(actions) > 0
             finite = np.isfinite(states).all() and np.isfinite(actions).all()
             if not (even and alike and finite and text and images.dtype == np.uint8):
-                got = f"images {images.dtype} {images.shape}, {len(actions)} actions, text {text!r}"
+                got = f"{images.dtype} {images.shape}, {len(actions)} actions, text {text!r}"
                 need = f"uint8 (T, {size[0]}, {size[1]}, 3), H and W even, T finite rows, a text"
                 raise ValueError(f"episode {len(rows)}: got {got}; need {need}; try to repair it")
-            if video is None:         # -g 2: every second frame is complete, any is quick to reach
+            if video is None:         # -g 2: every second frame is complete, as LeRobot does it
                 video = imageio_ffmpeg.write_frames(
                     str(path),
                     size[::-1],
@@ -955,7 +931,7 @@ def write_info(folder, size, fps, values, episodes, tasks):
 
 # ---- data set card and command line --------------------------------------------------------
 def card(demos, sheet):
-    """Print what a data set holds; write a contact sheet: a row per episode, time to the right."""
+    """Print what a data set holds; write a contact sheet: a row per episode, time goes right."""
     recording = demos.recording
     lengths = demos.lengths
     print(f"{recording.folder}: LeRobot {recording.info['codebase_version']}, {demos.fps} fps")
@@ -977,30 +953,28 @@ def card(demos, sheet):
 
 
 def main():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    add("path", nargs="?", help="data set to describe: a LeRobot folder, or a hub id owner/name")
+    add("path", help="data set to describe: a LeRobot folder, or a hub id owner/name")
     add("--camera", help="image feature or its last part; default: a scene camera in colour")
     add("--convert", help="Python file with convert(episode), for other units: see open_dataset")
     add("--image-size", type=int, default=64, help="side of the frames, pixels; even with --make")
-    add("--make", action="store_true", help="first record demonstrations into --out")
+    add("--make", action="store_true", help="first record demonstrations into path, a new folder")
     add("--task", default="open-drawer", help="a task of envs.py, or all")
     add("--domain", default="sim", help="sim (scripted expert) or real (stand-in, tele-operator)")
     add("--episodes", type=int, default=50, help="successful demonstrations per task, 1 or more")
-    add("--out", help="folder of the new data set, must not exist yet")
     add("--seed", type=int, default=0, help="which scenes and which mistakes, 0 or more")
     args = parser.parse_args()
     try:
-        path = args.out if args.make else args.path
-        if not path:
-            raise ValueError("data set: got no path; need one, or --make --out; try demos/real")
         convert = load_convert(args.convert) if args.convert else None
         if args.make:
-            settings = (args.task, args.domain, args.episodes, path, args.seed)
+            settings = (args.task, args.domain, args.episodes, args.path, args.seed)
             make_demos(*settings, image_size=args.image_size)
         demos = open_dataset(
-            path, args.image_size, cameras=args.camera, action_dim=None, convert=convert
+            args.path, args.image_size, cameras=args.camera, action_dim=None, convert=convert
         )
         card(demos, "card.png")
     except (ValueError, OSError) as error:

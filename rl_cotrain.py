@@ -34,6 +34,7 @@ critic; then the main job around it.
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import sys
@@ -50,7 +51,16 @@ import evaluate
 import policies
 import real_data
 import sft_warmstart
-from sft_warmstart import all_sum, check_range, copy_gradients, flag, rank, random_seed, say, world
+from sft_warmstart import (
+    all_sum,
+    check_range,
+    copy_gradients,
+    flag,
+    rank,
+    random_seed,
+    say,
+    world,
+)
 
 RL_SEED = 31_000  # + --seed: scenes of Stage II; neither demonstrations nor evaluation use them
 EPISODES = 1 << 12  # episode numbers set aside for an iteration of a rank
@@ -281,6 +291,8 @@ class Args:
             f"--real-batch {self.ranks}",
         )
         sft_warmstart.check_run_folder(problems, self)
+        if self.init == "sft":
+            check_stage_one(problems, self.sft)
         problems.stop()
         return self
 
@@ -312,6 +324,7 @@ def co_train(policy, env, real, args, held_out=None):
 
     with sft_warmstart.Signals() as signals, bar:
         while state.iteration < args.iterations and not signals.received():
+            start = time.perf_counter()
             rollout, logs = collect(policy, env, critic, args, state.iteration)
             check_log_probs(policy, rollout, args)
             rollout.advantages, rollout.returns = advantages(rollout, args)
@@ -348,6 +361,7 @@ def co_train(policy, env, real, args, held_out=None):
             state.iteration += 1
 
             logs.update(mean_of(updates), updates=len(updates), skipped=finite.skipped)
+            logs.update(speed(rollout, policy, start))
             if held_out is not None and state.iteration % HELD_OUT_EVERY == 0:
                 micro_batch = args.sft.micro_batch
                 logs["held_out/real"] = sft_warmstart.held_out_loss(policy, held_out, micro_batch)
@@ -451,8 +465,7 @@ def collect(policy, env, critic, args, iteration):
         seconds["act"] += acted - start
         seconds["env"] += time.perf_counter() - acted
     rollout = stack(steps, state_value(policy, critic, obs))
-    commanded = len(rollout.logp) * policy.chunk
-    return rollout, rollout_logs(env, tasks, outcome, seconds, commanded, rollout.rewards)
+    return rollout, rollout_logs(env, tasks, outcome, seconds, rollout.rewards)
 
 
 def advantages(rollout, args):
@@ -691,63 +704,80 @@ def select(values, rows):
     return chosen
 
 
+def join(parts):
+    """Put the rows of several such dicts together: the inverse of select()."""
+    joined = {}
+    for key, first in parts[0].items():
+        values = [part[key] for part in parts]
+        if isinstance(first, dict):
+            joined[key] = join(values)
+        elif isinstance(first, list):
+            joined[key] = list(itertools.chain.from_iterable(values))
+        else:
+            joined[key] = torch.cat(values)
+    return joined
+
+
 def stack(steps, last_value):
     """Turn the steps of collect() into a Rollout. last_value (N,): V of the last observation."""
     inputs, decisions, values, final_values, rewards, ended, privileged = zip(*steps)
     device = last_value.device
-    flat = {
-        key: torch.cat([each[key] for each in inputs])
-        for key in inputs[0]
-        if key != "instructions"
-    }
-    flat["instructions"] = sum((each["instructions"] for each in inputs), [])
-    traces = [decision.trace for decision in decisions]
-    flat["trace"] = {key: torch.cat([trace[key] for trace in traces]) for key in traces[0]}
+    rows = [dict(each, trace=decision.trace) for each, decision in zip(inputs, decisions)]
     values = torch.stack(values)  # (T, N)
     ended = torch.from_numpy(np.stack(ended)).to(device)
     following = torch.cat([values[1:], last_value[None]])
+    states = None
     if privileged[0] is not None:
-        privileged = torch.from_numpy(np.stack(privileged)).to(device)  # (T, N, P)
+        states = torch.from_numpy(np.stack(privileged)).to(device)  # (T, N, P)
     return Rollout(
-        inputs=flat,
+        inputs=join(rows),
         logp=torch.cat([decision.logp for decision in decisions]),
         values=values,
         next_values=torch.where(ended, torch.stack(final_values), following),
         rewards=torch.from_numpy(np.stack(rewards)).to(device),
         ended=ended,
-        privileged=privileged,
+        privileged=states,
     )
 
 
-def rollout_logs(env, tasks, outcome, seconds, commanded, rewards):
+def rollout_logs(env, tasks, outcome, seconds, rewards):
     """What collect() logs, over all ranks.
 
-    tasks, outcome (N,): task and success (nan: T cut it short) of the first episodes; commanded:
-    control steps that this rank asked for.
+    tasks, outcome (N,): task and success (nan: T cut it short) of the first episodes.
     """
     counts = []
     for task in env.tasks:
         counts.append([(outcome[tasks == task] == 1).sum(), (tasks == task).sum()])
-    others = [seconds["act"], seconds["env"], commanded, rewards.sum().item(), env.num_envs]
+    others = [seconds["act"], seconds["env"], rewards.sum().item(), env.num_envs]
     sums = torch.tensor([*np.ravel(counts), *others], dtype=torch.float64, device=rewards.device)
     sums = all_sum(sums).tolist()
-    successes = sums[0:-5:2]
-    episodes = sums[1:-5:2]
-    act, simulate, commanded, reward, num_envs = sums[-5:]
+    act_s, env_s, reward, num_envs = sums[-4:]
+    successes = sums[0:-4:2]
+    episodes = sums[1:-4:2]
     logs = dict(success=sum(successes) / sum(episodes), reward=reward / num_envs)
     if len(env.tasks) > 1:
         for task, won, played in zip(env.tasks, successes, episodes):
             logs[f"success/{task}"] = won / max(1, played)
-    logs.update(act_s=act / world(), env_s=simulate / world())
-    logs["env_steps_per_s"] = commanded / (logs["act_s"] + logs["env_s"])
+    logs.update(act_s=act_s / world(), env_s=env_s / world())
     return logs
+
+
+def speed(rollout, policy, start):
+    """Seconds of an iteration that began at `start`, and its control steps per second on all ranks.
+
+    Every decision counts with its whole chunk, also the last one of an episode.
+    """
+    seconds = time.perf_counter() - start
+    steps = len(rollout.logp) * policy.chunk * world()
+    return dict(iteration_s=seconds, env_steps_per_s=steps / seconds)
 
 
 def mean_of(updates):
     """Means of the logs of all optimizer steps of an iteration."""
-    if not updates:
-        return {}
-    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    means = {}
+    for name in updates[0] if updates else ():
+        means[name] = float(np.mean([update[name] for update in updates]))
+    return means
 
 
 def progress(logs):
@@ -856,7 +886,7 @@ def main_job(args):
         randomise=args.randomise,
         episode_stride=world(),
     )
-    longest = max(envs.TASKS[task].horizon for task in env.tasks)      # control steps
+    longest = max(envs.TASKS[task].horizon for task in env.tasks)  # control steps
     args.horizon = args.horizon or math.ceil(longest / policy.chunk)
     before = success_before(args, policy)
     if not co_train(policy, env, real, args, held_out):
@@ -867,6 +897,22 @@ def main_job(args):
     if rank() == 0 and after:
         report(args, before, after, time.perf_counter() - start)
     return True
+
+
+def check_stage_one(problems, options):
+    """Note a Stage I with other flags in the folder that this run would use."""
+    out = pathlib.Path(options.out)
+    if not (out / "policy").exists():
+        return
+    found = policies.read_json(out / "args.json", {})
+    changed = sft_warmstart.changed_flags(found, dataclasses.asdict(options))
+    problems.need(
+        not changed,
+        "--init sft",
+        f"another Stage I in {out} ({'; '.join(changed)})",
+        "the same flags",
+        f"--init {out}/policy, or to remove that folder",
+    )
 
 
 def stage_one(options):
@@ -922,8 +968,9 @@ def success_rates(args, policy, label, frames=0):
 def success_before(args, policy):
     """success_rates before Stage II, kept in OUT/before.json for --resume."""
     path = pathlib.Path(args.out, "before.json")
-    if args.resume and path.exists():
-        return policies.read_json(path)
+    before = policies.read_json(path, {}) if args.resume else {}
+    if before and all(len(episodes) == args.eval_episodes for episodes in before.values()):
+        return before
     before = success_rates(args, policy, "before")
     if rank() == 0:
         sft_warmstart.write_json(path, before)

@@ -288,24 +288,25 @@ def supervised_losses(policy, batch, options):
     in_sim = torch.from_numpy(batch["sim"]).to(policy.device)  # (b,) bool
     keep = unpadded_steps(policy, batch)  # (b, H) bool
     samples = all_sum(torch.stack([(~in_sim).sum(), in_sim.sum()]).double())  # N_real, N_sim
-    steps = all_sum(
-        torch.stack([keep[~in_sim].sum(), keep[in_sim].sum()]).double()
-    )  # K_real, K_sim
+    steps = torch.stack([keep[~in_sim].sum(), keep[in_sim].sum()]).double()
+    steps = all_sum(steps).float()  # K_real, K_sim
     share = (samples / samples.sum()).float()  # N_d / B
-    weight = keep / steps.float()[in_sim.long(), None]  # (b, H), 1 / K_d or 0
+    weight = keep / steps[in_sim.long(), None]  # (b, H), 1 / K_d or 0
+    pieces = math.ceil(len(in_sim) / options.micro_batch)
     # In training mode OpenVLA leaves out its central crop: random crops take its place.
     policy.train(options.augment == "openvla")
-    for rows in np.array_split(
-        np.arange(len(in_sim)), math.ceil(len(in_sim) / options.micro_batch)
-    ):
-        images = torch.from_numpy(batch["images"][rows]).to(policy.device)
-        if options.augment != "none":
-            images = augment(images, options.augment)
-        loss = step_losses(policy, batch, rows, images)  # (b', H)
-        loss = (weight[rows] * loss).sum(1)  # (b',)
-        parts = torch.stack([loss[~in_sim[rows]].sum(), loss[in_sim[rows]].sum()])  # real, sim
-        yield (share * parts).sum(), parts.detach().double()
-    policy.eval()
+    try:
+        for rows in np.array_split(np.arange(len(in_sim)), pieces):
+            images = torch.from_numpy(batch["images"][rows]).to(policy.device)
+            if options.augment != "none":
+                images = augment(images, options.augment)
+            loss = step_losses(policy, batch, rows, images)  # (b', H)
+            loss = (weight[rows] * loss).sum(1)  # (b',)
+            real = loss[~in_sim[rows]].sum()
+            sim = loss[in_sim[rows]].sum()
+            yield share[0] * real + share[1] * sim, torch.stack([real, sim]).detach().double()
+    finally:
+        policy.eval()
 
 
 def step_losses(policy, batch, rows, images):
@@ -427,9 +428,8 @@ def train(policy, options):
         while step < options.steps and not signals.received():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options)
-            torch.manual_seed(
-                random_seed(options.seed, step, rank())
-            )  # augmentation, flow matching
+            # Augmentation and flow matching draw from the global generator.
+            torch.manual_seed(random_seed(options.seed, step, rank()))
             totals = torch.zeros(2, dtype=torch.float64, device=policy.device)
             batch = next(sampler)
             for loss, parts in supervised_losses(policy, batch, options):
@@ -510,9 +510,13 @@ def open_domain(domain, given, options, policy):
     if domain == "real" and given:
         convert = real_data.load_convert(options.convert) if options.convert else None
         chosen = dict(cameras=options.camera, convert=convert)
+    if rank() > 0:
+        barrier()  # rank 0 is first: it decodes the frames into the cache
     demos = real_data.open_dataset(
         path, policy.image_size, policy.horizon, fit=policy.fit, **chosen
     )
+    if rank() == 0:
+        barrier()
     if not policy.reads_state:
         demos.states = demos.states[:, :0]  # its size may differ between simulation and robot
     parts = []
@@ -524,9 +528,11 @@ def open_domain(domain, given, options, policy):
         parts.append(part)
     if given:
         frames = sum(len(part) for part in parts if part is not None)
+        cameras = demos.recording
         say(
-            f"{path}: {len(demos.lengths)} episodes; {frames} of {len(demos)} frames move (--pause)"
+            f"{path}: {len(demos.lengths)} episodes, {frames} of {len(demos)} frames move (--pause)"
         )
+        say(f"{path}: camera {' '.join(cameras.cameras)} out of {' '.join(cameras.available)}")
         if demos.fps != envs.CONTROL_HZ:
             say(f"{path}: {demos.fps} actions a second, but {envs.CONTROL_HZ} in simulation")
     return parts
@@ -698,11 +704,13 @@ def random_seed(*key):
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Number of this process among all ranks."""
+    return int(os.environ.get("RANK", 0))
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Number of ranks."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier():
