@@ -510,13 +510,13 @@ def open_domain(domain, given, options, policy):
     if domain == "real" and given:
         convert = real_data.load_convert(options.convert) if options.convert else None
         chosen = dict(cameras=options.camera, convert=convert)
-    if rank() > 0:
-        barrier()  # rank 0 is first: it decodes the frames into the cache
-    demos = real_data.open_dataset(
-        path, policy.image_size, policy.horizon, fit=policy.fit, **chosen
-    )
-    if rank() == 0:
-        barrier()
+
+    def read():
+        return real_data.open_dataset(
+            path, policy.image_size, policy.horizon, fit=policy.fit, **chosen
+        )
+
+    demos = rank_0_first(read)  # it decodes the frames into the cache
     if not policy.reads_state:
         demos.states = demos.states[:, :0]  # its size may differ between simulation and robot
     parts = []
@@ -544,10 +544,15 @@ def recorded(domain, options, size):
     path = pathlib.Path(
         options.demos, f"{domain}-{options.task}-{episodes}-seed{options.seed}-{size}px"
     )
-    if rank() == 0 and not path.exists():
-        say(f"recording {path}")
-        real_data.make_demos(options.task, domain, episodes, path, options.seed, image_size=size)
-    barrier()
+
+    def record():
+        if not path.exists():
+            say(f"recording {path}")
+            real_data.make_demos(
+                options.task, domain, episodes, path, options.seed, image_size=size
+            )
+
+    rank_0_first(record)
     return path
 
 
@@ -716,6 +721,21 @@ def world():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def rank_0_first(job):
+    """Run job() on rank 0, then on the others. An error of the user's is raised on all of them."""
+    message = [None]
+    if rank() == 0:
+        try:
+            result = job()
+        except (ValueError, OSError) as error:
+            message = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(message, device=this_device())
+    if message[0] is not None:
+        raise ValueError(message[0])
+    return result if rank() == 0 else job()
 
 
 def all_sum(tensor):
