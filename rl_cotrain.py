@@ -77,84 +77,28 @@ RATIO_TOLERANCE = {"float32": 1e-3, "bf16": 0.1}  # of the first ratio after a r
 # vision tower is frozen.
 PRESETS = {
     "openvla": dict(
-        num_envs=64,
-        horizon=0,
-        minibatch=160,
-        micro_batch=8,
-        real_batch=40,
-        epochs=1,
-        lr=1e-4,
-        value_lr=3e-3,
-        beta2=0.999,
-        max_grad_norm=10.0,
-        entropy_weight=0.0,
-        freeze="none",
-        iterations=400,
-        target_kl=0.0,
-        critic_warmup=0,
-        critic="head",
-        gae_lambda=0.95,
-        randomise=[],
+        num_envs=64, horizon=0, minibatch=160, micro_batch=8, real_batch=40, epochs=1, lr=1e-4,
+        value_lr=3e-3, beta2=0.999, max_grad_norm=10.0, entropy_weight=0.0, freeze="none",
+        iterations=400, target_kl=0.0, critic_warmup=0, critic="head", gae_lambda=0.95,
+        randomise=[]
     ),
     "pi05": dict(
-        num_envs=128,
-        horizon=0,
-        minibatch=2560,
-        micro_batch=40,
-        real_batch=128,
-        epochs=2,
-        lr=4e-6,
-        value_lr=2e-4,
-        beta2=0.95,
-        max_grad_norm=1.0,
-        entropy_weight=0.005,
-        freeze="vlm",
-        iterations=1000,
-        target_kl=0.0,
-        critic_warmup=0,
-        critic="head",
-        gae_lambda=0.95,
-        randomise=[],
+        num_envs=128, horizon=0, minibatch=2560, micro_batch=40, real_batch=128, epochs=2,
+        lr=4e-6, value_lr=2e-4, beta2=0.95, max_grad_norm=1.0, entropy_weight=0.005,
+        freeze="vlm", iterations=1000, target_kl=0.0, critic_warmup=0, critic="head",
+        gae_lambda=0.95, randomise=[]
     ),
     "openvla-tiny": dict(
-        num_envs=64,
-        horizon=0,
-        minibatch=640,
-        micro_batch=320,
-        real_batch=160,
-        epochs=2,
-        lr=2e-4,
-        value_lr=1e-3,
-        beta2=0.95,
-        max_grad_norm=1.0,
-        entropy_weight=0.0,
-        freeze="vision",
-        iterations=70,
-        target_kl=0.1,
-        critic_warmup=2,
-        critic="state",
-        gae_lambda=0.9,
-        randomise=["visual", "dynamics"],
+        num_envs=64, horizon=0, minibatch=640, micro_batch=320, real_batch=160, epochs=2,
+        lr=2e-4, value_lr=1e-3, beta2=0.95, max_grad_norm=1.0, entropy_weight=0.0,
+        freeze="vision", iterations=70, target_kl=0.1, critic_warmup=2, critic="state",
+        gae_lambda=0.9, randomise=["visual", "dynamics"]
     ),
     "pi05-tiny": dict(
-        num_envs=128,
-        horizon=20,
-        minibatch=640,
-        micro_batch=320,
-        real_batch=160,
-        epochs=2,
-        lr=2e-4,
-        value_lr=1e-3,
-        beta2=0.95,
-        max_grad_norm=1.0,
-        entropy_weight=0.0,
-        freeze="vision",
-        iterations=50,
-        target_kl=0.1,
-        critic_warmup=2,
-        critic="state",
-        gae_lambda=0.9,
-        randomise=["visual", "dynamics"],
+        num_envs=128, horizon=20, minibatch=640, micro_batch=320, real_batch=160, epochs=2,
+        lr=2e-4, value_lr=1e-3, beta2=0.95, max_grad_norm=1.0, entropy_weight=0.0,
+        freeze="vision", iterations=50, target_kl=0.1, critic_warmup=2, critic="state",
+        gae_lambda=0.9, randomise=["visual", "dynamics"]
     ),
 }
 # Under randomised appearance Stage I succeeds in 6 to 9 % of pick-place: too few to learn from.
@@ -174,9 +118,9 @@ class Args:
         0.1, "weight of L_SFT(real); 0 = plain RL, real data is never opened"
     )
     watch_real: bool = flag(False, "log the loss on held-out real data even if lambda is 0")
-    sim_ratio: float = flag(0.5, "alpha of Stage I, 0 to 1")
+    sim_ratio: float = flag(None, "alpha of Stage I, 0 to 1 (default: 0.5)")
     real_data: str = flag(None, "LeRobot data set of your robot (default: record the stand-in)")
-    real_episodes: int = flag(50, "stand-in demonstrations per task")
+    real_episodes: int = flag(None, "stand-in demonstrations per task (default: 50)")
     camera: list = flag(None, "image features of --real-data to use")
     convert: str = flag(
         None, "Python file with convert(episode) for the conventions of --real-data"
@@ -222,79 +166,7 @@ class Args:
 
     def resolve(self):
         """Fill in presets and check everything; one ValueError lists all mistakes. Returns self."""
-        problems = policies.Problems()
-        given = self.init not in ("sft", "base")
-        problems.need(
-            not (given and self.policy),
-            "--policy",
-            f"{self.policy} and --init {self.init}",
-            "one of them: the folder of --init is the policy",
-            "--init alone",
-        )
-        problems.stop()
-        self.policy = self.init if given else self.policy or "openvla"
-        kind, name = sft_warmstart.policy_kind(self.policy)
-        for key, value in (PRESETS[kind] | TASK_PRESETS.get(self.task, {})).items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
-        if self.out is None:
-            base = "-base" if self.init == "base" else ""
-            self.out = (
-                f"runs/rl-{name}-{self.task}{base}-lambda{self.lambda_real:g}-seed{self.seed}"
-            )
-        # Stage I is trained once on the demonstrations of all tasks and reused by later runs.
-        self.sft = sft_warmstart.Options(
-            policy=self.policy,
-            sim_ratio=self.sim_ratio,
-            real_data=self.real_data,
-            camera=self.camera,
-            convert=self.convert,
-            real_episodes=self.real_episodes,
-            lora_rank=self.lora_rank,
-            dtype=self.dtype,
-            seed=self.seed,
-            eval_episodes=0,
-            ranks=1,
-            resume=False,
-        ).resolve(new=False)
-        self.dtype = self.sft.dtype
-        self.lora_rank = self.sft.lora_rank
-        check_range(problems, self, "gamma gae_lambda", 0, 1)
-        check_range(
-            problems, self, "lambda_real iterations horizon max_grad_norm eval_episodes ranks", 0
-        )
-        check_range(problems, self, "num_envs minibatch micro_batch real_batch epochs", 1)
-        problems.need(self.lr > 0, "--lr", self.lr, "more than 0", f"--lr {PRESETS[kind]['lr']}")
-        opened = (
-            self.lambda_real or self.watch_real or (self.init == "sft" and self.sim_ratio < 1)
-        )
-        problems.need(
-            opened or not self.real_data,
-            "--real-data",
-            "a run that never opens it",
-            "--lambda-real above 0, or a Stage I with --sim-ratio below 1",
-            "without --real-data",
-        )
-        self.ranks = self.ranks or sft_warmstart.default_ranks(self.num_envs)
-        problems.need(
-            self.num_envs % self.ranks == 0,
-            "--num-envs",
-            self.num_envs,
-            f"a multiple of the {self.ranks} ranks",
-            f"--num-envs {self.num_envs // self.ranks * self.ranks}",
-        )
-        problems.need(
-            self.real_batch >= self.ranks,
-            "--real-batch",
-            self.real_batch,
-            f"at least one sample for each of the {self.ranks} ranks",
-            f"--real-batch {self.ranks}",
-        )
-        sft_warmstart.check_run_folder(problems, self)
-        if self.init == "sft":
-            check_stage_one(problems, self.sft)
-        problems.stop()
-        return self
+        return resolve_args(self)
 
 
 # ---- the algorithm -----------------------------------------------------------------------------
@@ -897,6 +769,88 @@ def main_job(args):
     if rank() == 0 and after:
         report(args, before, after, time.perf_counter() - start)
     return True
+
+
+def resolve_args(args):
+    """Fill in presets and check all flags; see Args.resolve."""
+    problems = policies.Problems()
+    given = args.init not in ("sft", "base")
+    problems.need(
+        not (given and args.policy),
+        "--policy",
+        f"{args.policy} and --init {args.init}",
+        "one of them: the folder of --init is the policy",
+        "--init alone",
+    )
+    problems.need(
+        args.init == "sft" or args.sim_ratio is None,
+        "--sim-ratio",
+        f"{args.sim_ratio} and --init {args.init}",
+        "--init sft: there is no Stage I otherwise",
+        "one of them",
+    )
+    problems.stop()
+    if args.sim_ratio is None:
+        args.sim_ratio = 0.5
+    args.policy = args.init if given else args.policy or "openvla"
+    kind, name = sft_warmstart.policy_kind(args.policy)
+    for key, value in (PRESETS[kind] | TASK_PRESETS.get(args.task, {})).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.out is None:
+        base = "-base" if args.init == "base" else ""
+        args.out = f"runs/rl-{name}-{args.task}{base}-lambda{args.lambda_real:g}-seed{args.seed}"
+    # Stage I is trained once on the demonstrations of all tasks and reused by later runs.
+    args.sft = sft_warmstart.Options(
+        policy=args.policy,
+        sim_ratio=args.sim_ratio,
+        real_data=args.real_data,
+        camera=args.camera,
+        convert=args.convert,
+        real_episodes=args.real_episodes,
+        lora_rank=args.lora_rank,
+        dtype=args.dtype,
+        seed=args.seed,
+        eval_episodes=0,
+        ranks=1,
+        resume=False,
+    ).resolve(new=False)
+    args.dtype = args.sft.dtype
+    args.lora_rank = args.sft.lora_rank
+    check_range(problems, args, "gamma gae_lambda", 0, 1)
+    check_range(
+        problems, args, "lambda_real iterations horizon max_grad_norm eval_episodes ranks", 0
+    )
+    check_range(problems, args, "num_envs minibatch micro_batch real_batch epochs", 1)
+    problems.need(args.lr > 0, "--lr", args.lr, "more than 0", f"--lr {PRESETS[kind]['lr']}")
+    opened = args.lambda_real or args.watch_real or (args.init == "sft" and args.sim_ratio < 1)
+    problems.need(
+        opened or not args.real_data,
+        "--real-data",
+        "a run that never opens it",
+        "--lambda-real above 0, or a Stage I with --sim-ratio below 1",
+        "without --real-data",
+    )
+    args.ranks = args.ranks or sft_warmstart.default_ranks(args.num_envs)
+    problems.need(
+        args.num_envs % args.ranks == 0,
+        "--num-envs",
+        args.num_envs,
+        f"a multiple of the {args.ranks} ranks",
+        f"--num-envs {args.num_envs // args.ranks * args.ranks}",
+    )
+    problems.need(
+        args.real_batch >= args.ranks,
+        "--real-batch",
+        args.real_batch,
+        f"at least one sample for each of the {args.ranks} ranks",
+        f"--real-batch {args.ranks}",
+    )
+    sft_warmstart.check_run_folder(problems, args)
+    if args.init == "sft":
+        check_stage_one(problems, args.sft)
+    problems.stop()
+    return args
 
 
 def check_stage_one(problems, options):

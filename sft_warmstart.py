@@ -65,76 +65,24 @@ SAVE_EVERY = 500  # optimizer steps between versions of resume.pt
 # tower is frozen and its training short.
 PRESETS = {
     "openvla": dict(
-        steps=6000,
-        batch=32,
-        micro_batch=8,
-        lr=5e-4,
-        warmup=0,
-        decay_steps=0,
-        final_lr=1.0,
-        beta2=0.999,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        ema=0.0,
-        augment="openvla",
-        lora_rank=32,
-        statistics="data",
-        dtype="bf16",
-        freeze="none",
+        steps=6000, batch=32, micro_batch=8, lr=5e-4, warmup=0, decay_steps=0, final_lr=1.0,
+        beta2=0.999, weight_decay=0.01, max_grad_norm=1.0, ema=0.0, augment="openvla",
+        lora_rank=32, statistics="data", dtype="bf16", freeze="none"
     ),
     "pi05": dict(
-        steps=15000,
-        batch=16,
-        micro_batch=16,
-        lr=2.5e-5,
-        warmup=1000,
-        decay_steps=30000,
-        final_lr=0.1,
-        beta2=0.95,
-        weight_decay=1e-10,
-        max_grad_norm=1.0,
-        ema=0.999,
-        augment="pi05",
-        lora_rank=0,
-        statistics="data",
-        dtype="bf16",
-        freeze="none",
+        steps=15000, batch=16, micro_batch=16, lr=2.5e-5, warmup=1000, decay_steps=30000,
+        final_lr=0.1, beta2=0.95, weight_decay=1e-10, max_grad_norm=1.0, ema=0.999,
+        augment="pi05", lora_rank=0, statistics="data", dtype="bf16", freeze="none"
     ),
     "openvla-tiny": dict(
-        steps=700,
-        batch=64,
-        micro_batch=64,
-        lr=1e-3,
-        warmup=50,
-        decay_steps=0,
-        final_lr=0.02,
-        beta2=0.95,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        ema=0.0,
-        augment="shift",
-        lora_rank=0,
-        statistics="base",
-        dtype="float32",
-        freeze="vision",
+        steps=700, batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=0.02,
+        beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, ema=0.0, augment="shift", lora_rank=0,
+        statistics="base", dtype="float32", freeze="vision"
     ),
     "pi05-tiny": dict(
-        steps=2100,
-        batch=64,
-        micro_batch=64,
-        lr=1e-3,
-        warmup=50,
-        decay_steps=0,
-        final_lr=0.02,
-        beta2=0.95,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        ema=0.0,
-        augment="shift",
-        lora_rank=0,
-        statistics="base",
-        dtype="float32",
-        freeze="none",
+        steps=2100, batch=64, micro_batch=64, lr=1e-3, warmup=50, decay_steps=0, final_lr=0.02,
+        beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, ema=0.0, augment="shift", lora_rank=0,
+        statistics="base", dtype="float32", freeze="none"
     ),
 }
 
@@ -159,8 +107,8 @@ class Options:
     real_data: str = flag(
         None, "LeRobot folder or hub id of real ones (default: record them on the stand-in)"
     )
-    sim_episodes: int = flag(300, "simulated demonstrations to record per task, at least 2")
-    real_episodes: int = flag(50, "stand-in demonstrations to record per task, at least 2")
+    sim_episodes: int = flag(None, "simulated demonstrations to record per task (default: 300)")
+    real_episodes: int = flag(None, "stand-in demonstrations to record per task (default: 50)")
     demos: str = flag(
         "runs/demos", "folder for recorded demonstrations; existing ones are used again"
     )
@@ -211,64 +159,7 @@ class Options:
         new: whether OUT must be a folder of its own, or, with --resume, that of an interrupted run.
         Raises one ValueError that lists all that is wrong.
         """
-        problems = policies.Problems()
-        kind, name = policy_kind(self.policy)
-        for key, value in PRESETS[kind].items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
-        if self.out is None:
-            source = (
-                pathlib.Path(self.real_data).name
-                if self.real_data
-                else f"real{self.real_episodes}"
-            )
-            self.out = (
-                f"runs/sft-{name}-{self.task}-alpha{self.sim_ratio:g}-{source}-seed{self.seed}"
-            )
-        check_range(problems, self, "sim_ratio held_out final_lr", 0, 1)
-        check_range(
-            problems,
-            self,
-            "steps warmup decay_steps max_grad_norm pause eval_episodes lora_rank seed ranks",
-            0,
-        )
-        check_range(problems, self, "batch micro_batch", 1)
-        check_range(problems, self, "sim_episodes real_episodes", 2)
-        problems.need(self.lr > 0, "--lr", self.lr, "more than 0", f"--lr {PRESETS[kind]['lr']}")
-        problems.need(
-            self.seed != evaluate.EVAL_SEED,
-            "--seed",
-            self.seed,
-            "another one: evaluation uses it",
-            "--seed 0",
-        )
-        unused = self.sim_ratio == 1 and (self.real_data or self.camera or self.convert)
-        problems.need(
-            not unused,
-            "--real-data, --camera, --convert",
-            "--sim-ratio 1, which never opens real data",
-            "--sim-ratio below 1",
-            "--sim-ratio 0.5",
-        )
-        problems.need(
-            self.real_data or not (self.camera or self.convert),
-            "--camera, --convert",
-            "no --real-data",
-            "the data set they are about",
-            "--real-data FOLDER",
-        )
-        problems.need(
-            not (self.sim_ratio == 0 and self.sim_data),
-            "--sim-data",
-            "--sim-ratio 0, which never opens it",
-            "--sim-ratio above 0",
-            "--sim-ratio 0.5",
-        )
-        if new:
-            check_run_folder(problems, self)
-        problems.stop()
-        self.ranks = self.ranks or default_ranks(self.batch)
-        return self
+        return resolve_options(self, new)
 
 
 # ---- the loss ----------------------------------------------------------------------------------
@@ -640,6 +531,73 @@ def rotation(angle):
 
 
 # ---- plumbing shared with rl_cotrain.py: skip on first reading ---------------------------------
+
+
+def resolve_options(options, new):
+    """Fill in the preset and check all options; see Options.resolve."""
+    problems = policies.Problems()
+    kind, name = policy_kind(options.policy)
+    for key, value in PRESETS[kind].items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    for domain, episodes in (("sim", 300), ("real", 50)):
+        given = getattr(options, f"{domain}_data") and getattr(options, f"{domain}_episodes")
+        what = f"--{domain}-episodes, --{domain}-data"
+        problems.need(not given, what, "both", "one: a given data set is not recorded", "one")
+        if getattr(options, f"{domain}_episodes") is None:
+            setattr(options, f"{domain}_episodes", episodes)
+    if options.out is None:
+        data = f"real{options.real_episodes}"
+        if options.real_data:
+            data = pathlib.Path(options.real_data).name
+        alpha = f"alpha{options.sim_ratio:g}"
+        options.out = f"runs/sft-{name}-{options.task}-{alpha}-{data}-seed{options.seed}"
+    check_range(problems, options, "sim_ratio held_out final_lr", 0, 1)
+    check_range(
+        problems,
+        options,
+        "steps warmup decay_steps max_grad_norm pause eval_episodes lora_rank seed ranks",
+        0,
+    )
+    check_range(problems, options, "batch micro_batch", 1)
+    check_range(problems, options, "sim_episodes real_episodes", 2)
+    problems.need(
+        options.lr > 0, "--lr", options.lr, "more than 0", f"--lr {PRESETS[kind]['lr']}"
+    )
+    problems.need(
+        options.seed != evaluate.EVAL_SEED,
+        "--seed",
+        options.seed,
+        "another one: evaluation uses it",
+        "--seed 0",
+    )
+    problems.need(
+        options.real_data or not (options.camera or options.convert),
+        "--camera, --convert",
+        "no --real-data",
+        "the data set they are about",
+        "--real-data FOLDER",
+    )
+    if new:
+        unused = options.sim_ratio == 1 and (options.real_data or options.camera or options.convert)
+        problems.need(
+            not unused,
+            "--real-data, --camera, --convert",
+            "--sim-ratio 1, which never opens real data",
+            "--sim-ratio below 1",
+            "--sim-ratio 0.5",
+        )
+        problems.need(
+            not (options.sim_ratio == 0 and options.sim_data),
+            "--sim-data",
+            "--sim-ratio 0, which never opens it",
+            "--sim-ratio above 0",
+            "--sim-ratio 0.5",
+        )
+        check_run_folder(problems, options)
+    problems.stop()
+    options.ranks = options.ranks or default_ranks(options.batch)
+    return options
 
 
 def policy_kind(name):

@@ -64,7 +64,7 @@ MUON_FACTOR = 7  # learning rate of Muon / that of AdamW: Muon's steps have unit
 WEIGHT_DECAY = 0.01  # of matrices
 MAX_GRAD_NORM = 1.0
 
-# Of the auxiliary losses: what 0 and 1 mean for x, y, z [m] and the place in the image [half sides].
+# Of the auxiliary losses: what 0 and 1 mean for x, y, z [m], and in the image [half sides].
 CENTRE = (0.48, -0.02, 0.10, 0.0, 0.0)
 SCALE = (0.1, 0.1, 0.1, 0.3, 0.3)
 PATCH_WEIGHT = 0.2  # of the cross-entropy over patches, ln 16 at first, against the regressions
