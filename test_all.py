@@ -1,17 +1,23 @@
-"""Tests.    python -m pytest test_all.py        a minute's worth: python -m pytest -m "not slow" test_all.py
+"""Tests.
+
+    python -m pytest test_all.py                      # everything
+    python -m pytest -m "not slow" test_all.py        # a minute's worth
 
 Formula -> test that compares it with an independent one
-    alpha L_sim + (1 - alpha) L_real         test_stage_one_gradient_is_the_formula, test_data_alpha_*
-    grad L_PPO + lambda grad L_SFT(real)     test_stage_two_gradient_is_ppo_plus_lambda_times_anchor
-    A_t = sum (gamma lambda)^l delta_t+l     test_gae_is_the_double_sum
-    V(final observation) at a time limit     test_only_time_limits_bootstrap
-    the anchor keeps the real loss down      test_the_anchor_keeps_the_real_loss (the paper's claim, on a toy)
-    log pi of tokens, of denoising chains    test_policy_* under "formulas"; official arrays in reference/
-    kinematics, actions, camera              test_env_* under "formulas"
-    Wilson, McNemar, adjusted Wald           test_evaluate_* under "formulas"
+    alpha L(sim) + (1 - alpha) L(real)     test_stage_one_gradient_is_the_formula,
+                                           test_sampler_mixes_by_alpha_whatever_the_ranks
+    grad L_PPO + lambda grad L_SFT(real)   test_stage_two_gradient_is_ppo_plus_lambda_times_anchor
+    A_t = sum (gamma lambda)^l delta_t+l   test_gae_is_the_double_sum
+    V(final observation) at a time limit   test_only_time_limits_bootstrap
+    the anchor keeps the real loss down    test_the_anchor_keeps_the_real_loss: the claim, on a toy
+    log-probs of tokens and of chains      test_openvla_logp_is_the_softmax_over_256,
+                                           test_flow_formulas
+    both official models                   test_openvla_*_official, test_pi05_matches_openpi
+    kinematics, actions, rewards           test_env_formula, test_env_rule
+    Wilson, McNemar, adjusted Wald         test_evaluate_formula
 
-Sections: helpers, formulas, contracts, learning, resume and ranks, command line, mutants. A mutant is a formula broken on
-purpose; the check that is named with it must fail by assertion.
+A mutant (last section) is a formula broken on purpose: the check that is named with it must fail by
+assertion; a crash does not count.
 """
 import ast
 import builtins
@@ -24,7 +30,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import re
@@ -67,13 +72,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "base"))
 import pretrain  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-REFERENCE = HERE / "reference"          # arrays computed with the official models, see reference/README.md
+REFERENCE = HERE / "reference"  # arrays computed with the official models
 MUTANTS = []
 
 
 @dataclasses.dataclass
 class Mutant:
-    """A formula broken on purpose: `old` becomes `new` in the source of owner.name, and `check` must fail."""
+    """A formula broken on purpose: `old` becomes `new` in owner.name, and `check` must fail."""
 
     module: object
     owner: object
@@ -98,8 +103,14 @@ def run_mutant(mutant, monkeypatch):
 
 
 ENV_SETTINGS = [
-    ("sim", "seen"), ("sim", "unseen-objects"), ("sim", "unseen-states"),
-    ("real", "seen"), ("real", "unseen-objects"), ("real", "unseen-states"), ("pretrain", "seen")]
+    ("sim", "seen"),
+    ("sim", "unseen-objects"),
+    ("sim", "unseen-states"),
+    ("real", "seen"),
+    ("real", "unseen-objects"),
+    ("real", "unseen-states"),
+    ("pretrain", "seen"),
+]
 ENV_REST = np.array([0, 0, 0, 0, 0, 0, 1.])       # an action: stay, gripper open
 
 
@@ -115,11 +126,6 @@ def env_make(task, domain="sim", num_envs=1, **options):
     return env
 
 
-def env_scene(env, i):
-    """Return the scene of environment i."""
-    return env.scenes[env.task[i]]
-
-
 def env_same(a, b):
     """Compare two observations bit by bit."""
     same = a["instructions"] == b["instructions"]
@@ -130,12 +136,26 @@ def env_same(a, b):
 
 def env_mujoco(env, i):
     """Return MuJoCo's model and data of environment i, with kinematics and camera computed."""
-    scene = env_scene(env, i)
-    model = scene.batch.get_model(i)
-    data = scene.batch.get_data(i)
+    batch = env.scenes[env.task[i]].batch
+    model = batch.get_model(i)
+    data = batch.get_data(i)
     mujoco.mj_kinematics(model, data)
     mujoco.mj_camlight(model, data)
     return model, data
+
+
+def env_colours(value):
+    """Return the list of all colours in a distribution, or in a dict of them."""
+    if isinstance(value, envs.Choice):
+        return list(value.options)
+    if isinstance(value, dict):
+        return sum([env_colours(one) for one in value.values()], [])
+    return [value]
+
+
+def env_distance(a, b):
+    """Return the least distance between one of the points a (n, 3) and one of b (m, 3)."""
+    return np.linalg.norm(np.array(a)[:, None] - np.array(b), axis=2).min()
 
 
 class TouchCube(envs.Task):
@@ -180,10 +200,8 @@ policy_both = pytest.mark.parametrize("name", ["openvla", "pi05"])
 
 
 def policy_arrays(path):
-    return {
-        key: torch.from_numpy(value)
-        for key, value in np.load(REFERENCE / path).items()
-    }
+    arrays = np.load(REFERENCE / path)
+    return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
 def policy_near(ours, reference, tolerance):
@@ -197,16 +215,21 @@ def policy_generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def policy_batch(size, seed=0, pixels=64):
+def policy_batch(size, seed=0):
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (size, pixels, pixels, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (size, 64, 64, 3), dtype=np.uint8)
     return images, [POLICY_TEXTS[i % len(POLICY_TEXTS)] for i in range(size)]
 
 
 def policy_actions(size, horizon):
-    return (
-        2 * torch.rand(size, horizon, 7, generator=policy_generator()) - 1
-    ) * POLICY_REACH
+    uniform = torch.rand(size, horizon, 7, generator=policy_generator())
+    return (2 * uniform - 1) * POLICY_REACH
+
+
+def policy_decide(policy, size, decoding="sample"):
+    """Return random images with instructions, and what the policy decides on them."""
+    seen = policy_batch(size)
+    return seen, policy.act(*seen, None, decoding, policy_generator())
 
 
 @torch.no_grad()
@@ -235,31 +258,20 @@ def policy_same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def policy_trainable(policy):
-    return {name for name, p in policy.named_parameters() if p.requires_grad}
-
-
 def policy_greedy(policy, rows, images):
     """Return greedy tokens of `act` for given prompt ids, one left-padded batch."""
     texts = [row[0, 1:] for row in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(
-        texts, True, policy.pad, padding_side="left"
-    )
+    pad = policy.pad
+    ids = torch.nn.utils.rnn.pad_sequence(texts, True, pad, padding_side="left")
     ids = F.pad(ids, (1, 0), value=policy.bos)
     features = torch.cat([policy.encode_images(image[None]) for image in images])
-    seen = (features, ["given"] * len(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            policy, "prompt", lambda instructions: (ids, ids != policy.pad)
-        )
-        decision = policy.act(*seen, decoding="greedy")
-        policy_near(
-            policy.evaluate(*seen, decision.trace)[0], decision.logp, 1e-4
-        )
+        patch.setattr(policy, "prompt", lambda instructions: (ids, ids != pad))
+        decision = policy.act(features, ["given"] * len(rows), decoding="greedy")
     return decision.trace["tokens"]
 
 
-def policy_compare_pi05(policy, gradients):
+def policy_compare_pi05(policy):
     """Compare every intermediate of pi0.5 with the arrays of the official model."""
     inputs = policy_arrays("pi05_a/inputs.npz")
     ref = policy_arrays("pi05_a/outputs.npz")
@@ -267,40 +279,32 @@ def policy_compare_pi05(policy, gradients):
     features = policy.vision_tower(images.flatten(0, 1)).last_hidden_state
     features = features.unflatten(0, images.shape[:2])
     cameras = inputs["image_mask"]
-    hidden, kv, valid = policy.prefix(
-        features, cameras, inputs["tokens"], inputs["token_mask"]
-    )
+    prompt = (inputs["tokens"], inputs["token_mask"])
+    hidden, kv, valid = policy.prefix(features, cameras, *prompt)
     text = torch.ones(inputs["tokens"].shape[1], dtype=torch.bool)
-    present = torch.cat(
-        [cameras.any(0).repeat_interleave(policy.feature_shape[0]), text]
-    )
+    patches = cameras.any(0).repeat_interleave(policy.feature_shape[0])
+    present = torch.cat([patches, text])
     assert torch.equal(valid, ref["prefix_pad_mask"][:, present])
     policy_near(hidden[valid], ref["prefix_hidden"][:, present][valid], 5e-5)
     t = inputs["time"]
-    x_t = (
-        t[:, None, None] * inputs["noise"]
-        + (1 - t[:, None, None]) * inputs["actions"]
-    )
+    share = t[:, None, None]
+    x_t = share * inputs["noise"] + (1 - share) * inputs["actions"]
     policy_near(policy.time_embedding(t[:, None])[:, 0], ref["adarms_cond"], 5e-5)
     v, h = policy.velocity(x_t[:, None], t[:, None], kv, valid)
     policy_near(v[:, 0], ref["v_t"], 5e-5)
     policy_near(h[:, 0], ref["suffix_hidden"], 5e-5)
     loss = policy.flow_loss(kv, valid, inputs["actions"], inputs["noise"], t)
     policy_near(loss, ref["loss"], 1e-4)
-    if gradients:
-        loss.mean().backward()
-        grads = {
-            policy.official_key(name): p.grad
-            for name, p in policy.named_parameters()
-        }
-        for name in [key for key in ref if key.startswith("grad/")]:
-            policy_near(grads[name[5:]], ref[name], 1e-5 * ref[name].abs().max())
-    for steps, tolerance in ((4, 1e-4), (10, 3e-4)):
-        x = inputs["noise"][:, None]
-        for i in range(steps):
-            time = torch.full((len(x), 1), 1 - i / steps)
-            x = x - policy.velocity(x, time, kv, valid)[0].detach() / steps
-        policy_near(x[:, 0], ref[f"sample{steps}"], tolerance)
+    loss.mean().backward()
+    parameters = policy.named_parameters()
+    grads = {"grad/" + policy.official_key(name): p.grad for name, p in parameters}
+    for name in [key for key in ref if key.startswith("grad/")]:
+        policy_near(grads[name], ref[name], 1e-5 * ref[name].abs().max())
+    x = inputs["noise"][:, None]
+    for i in range(10):
+        v, _ = policy.velocity(x, torch.full((len(x), 1), 1 - i / 10), kv, valid)
+        x = x - v / 10
+    policy_near(x[:, 0], ref["sample10"], 3e-4)
 
 
 def policy_rewrite_pi05(target, layout):
@@ -312,8 +316,9 @@ def policy_rewrite_pi05(target, layout):
     if (
         layout == "lerobot"
     ):  # prefixed; both embeddings are stored, and lm_head is a decoy
-        head = "paligemma_with_expert.paligemma.lm_head.weight"
-        embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+        paligemma = "paligemma_with_expert.paligemma."
+        head = paligemma + "lm_head.weight"
+        embedding = paligemma + "model.language_model.embed_tokens.weight"
         tensors[embedding] = tensors[head].clone()
         tensors[head] = torch.randn_like(tensors[head])
         tensors = {"model." + key: value for key, value in tensors.items()}
@@ -343,49 +348,53 @@ def policy_rewrite_pi05(target, layout):
     policies.write_json(target / "config.json", config)
 
 
-def check_policy_agreement(name):
-    """act and evaluate agree, in a batch of prompts of several lengths and in batches of one."""
-    policy = policy_shaken(name, seed=2)
-    images, texts = policy_batch(5)
-    decision = policy.act(images, texts, generator=policy_generator())
-    policy_near(
-        policy.evaluate(images, texts, decision.trace)[0], decision.logp, 1e-4
-    )
+def check_policy_openpi():
+    policy_compare_pi05(policies.load_policy(REFERENCE / "pi05_a"))
+
+
+def check_policy_agreement(name, **settings):
+    """evaluate finds what act did, also row by row, without padding, and from cached features."""
+    policy = policy_shaken(name, seed=2, **settings)
+    (images, texts), decision = policy_decide(policy, 5)
+    logp, _, _ = policy.evaluate(images, texts, decision.trace)
+    policy_near(logp, decision.logp, 2e-4)
+    features = policy.encode_images(images)
     for i in range(5):
         row = {key: part[i : i + 1] for key, part in decision.trace.items()}
-        logp, _, value = policy.evaluate(images[i : i + 1], texts[i : i + 1], row)
-        policy_near(logp, decision.logp[i : i + 1], 1e-4)
+        logp, _, value = policy.evaluate(features[i : i + 1], texts[i : i + 1], row)
+        policy_near(logp, decision.logp[i : i + 1], 2e-4)
         policy_near(value, decision.value[i : i + 1], 1e-4)
 
 
+def check_policy_agreement_openvla():
+    check_policy_agreement("openvla")
+
+
+def check_policy_agreement_pi05():
+    check_policy_agreement("pi05")
+
+
 def check_policy_chain():
-    """flow_noise: logp is the mean over steps + 1 factors, one after another."""
+    """flow_noise: the states are drawn from steps + 1 Gaussians; logp is their factors' mean."""
     policy = policy_shaken("pi05", seed=2)
-    images, texts = policy_batch(3)
-    trace = policy.act(images, texts, generator=policy_generator()).trace
-    logp, entropy, _ = policy.evaluate(images, texts, trace)
-    _, kv, valid = policy.observe(images, texts, None, None)
+    seen, decision = policy_decide(policy, 32)
+    x = decision.trace["x"]
+    states = torch.cat([x[:, :1], decision.trace["x_next"]], 1)  # (32, 5, 8, 8)
+    assert torch.equal(states[:, :4], x)
+    _, kv, valid = policy.observe(*seen, None, None)
+    v, h = policy.velocity(x, 1 - torch.arange(4).expand(32, -1) / 4, kv, valid)
     low, high = (math.log(std**2) for std in policy.settings["noise_std"])
-    terms = [torch.distributions.Normal(0.0, 1.0).log_prob(trace["x"][:, 0])]
-    entropies = [torch.distributions.Normal(0.0, 1.0).entropy().expand(3)]
-    for i in range(4):
-        x = trace["x"][:, i]
-        v, h = policy.velocity(
-            x[:, None], torch.full((3, 1), 1 - i / 4), kv, valid
-        )
-        log_variance = (
-            low + (high - low) * (policy.noise_head(h[:, 0]).tanh() + 1) / 2
-        )
-        normal = torch.distributions.Normal(
-            x - v[:, 0] / 4, (log_variance / 2).exp()
-        )
-        terms.append(normal.log_prob(trace["x_next"][:, i]))
-        entropies.append(normal.entropy()[:, :4, :7].mean((1, 2)))
-    expected = torch.stack([term[:, :4, :7].sum((1, 2)) for term in terms]).mean(
-        0
-    )
-    policy_near(logp, expected, 1e-3)
-    policy_near(entropy, torch.stack(entropies).mean(0), 1e-4)
+    log_variance = low + (high - low) * (policy.noise_head(h).tanh() + 1) / 2
+    zero = torch.zeros_like(x[:, :1])
+    mean = torch.cat([zero, x - v / 4], 1)
+    std = torch.cat([zero + 1, (log_variance / 2).exp()], 1)
+    normal = torch.distributions.Normal(mean, std)
+    z = ((states - mean) / std).transpose(0, 1).flatten(1)  # 2048 numbers a step
+    assert (z.mean(1).abs() < 0.1).all() and ((z.std(1) - 1).abs() < 0.07).all()
+    logp, entropy, _ = policy.evaluate(*seen, decision.trace)
+    factors = normal.log_prob(states)[:, :, :4, :7].sum((2, 3))
+    policy_near(logp, factors.mean(1), 1e-3)
+    policy_near(entropy, normal.entropy()[:, :, :4, :7].mean((1, 2, 3)), 1e-4)
 
 
 def check_policy_sde():
@@ -394,61 +403,22 @@ def check_policy_sde():
     x = torch.randn(2, 4, 8, 8, generator=policy_generator(0))
     v = torch.randn(2, 4, 8, 8, generator=policy_generator(1))
     mean, std = policy.transition(x, v, None, torch.arange(4).expand(2, -1))
-    for i, expected in enumerate((0.500, 0.433, 0.250, 0.144)):
-        t = 1 - i / 4
-        sigma = std[0, i, 0, 0].item() * 2
-        drift = v[:, i] + sigma**2 / (2 * t) * (x[:, i] + (1 - t) * v[:, i])
-        assert abs(sigma / 2 - expected) < 6e-4
-        policy_near(mean[:, i], x[:, i] - drift / 4, 1e-4)
-
-
-def check_policy_time():
-    policy = policy_shaken("pi05", seed=2)
-    angle = 2 * math.pi * 0.3 / (4e-3 * 1000 ** (torch.arange(48).double() / 47))
-    e = torch.cat([angle.sin(), angle.cos()]).float()
-    expected = F.silu(policy.time_mlp_out(F.silu(policy.time_mlp_in(e))))
-    policy_near(
-        policy.time_embedding(torch.tensor([[0.3]]).double())[0, 0],
-        expected,
-        5e-5,
-    )
+    t = 1 - torch.arange(4)[:, None, None] / 4
+    sigma = 0.5 * (t / (1 - t).clamp(min=1 / 4)).sqrt()
+    drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)
+    policy_near(std, (sigma / 2).expand(x.shape), 5e-5)
+    policy_near(mean, x - drift / 4, 1e-4)
 
 
 def check_policy_tokens():
     """Token ids and bin centres are the official ones; the two lowest ids share a centre."""
-    policy = policy_shaken("openvla", seed=2)
+    policy = policies.make_tiny("openvla")
     ref = policy_arrays("openvla_a/reference.npz")
     shift = policy.vocab - 1000  # the reference has 1000 words
-    assert torch.equal(
-        policy.encode_values(ref["tokenizer_values"]),
-        ref["tokenizer_ids"] + shift,
-    )
-    assert torch.equal(
-        policy.decode_tokens(ref["detok_ids"] + shift), ref["detok_normalized"]
-    )
-    assert torch.equal(policies.BIN_CENTRES, ref["bin_centers"])
-
-
-def check_policy_normalisation(name):
-    """normalize and unnormalize undo each other; the ends of the range are -1 and 1."""
-    policy = policy_shaken(name, seed=2)
-    low = (-POLICY_REACH * 0.4).tolist()
-    policy.set_statistics(
-        "lab", {"action": dict(q01=low, q99=POLICY_REACH.tolist())}
-    )
-    policy.statistics["lab"]["action"].update(
-        mask=[True] * 7, gripper_range=[-1.0, 1.0]
-    )
-    ends = torch.stack([-POLICY_REACH * 0.4, POLICY_REACH * 0.3, POLICY_REACH])
-    if name == "pi05":
-        ends = ends[:, None]
-    values = policy.normalize(ends)
-    policy_near(
-        values.reshape(3, -1)[:, :7],
-        torch.tensor([-1.0, 0, 1]).expand(7, 3).T,
-        1e-3,
-    )
-    policy_near(policy.unnormalize(values), ends, 5e-5)
+    ids = policy.encode_values(ref["tokenizer_values"])
+    assert torch.equal(ids, ref["tokenizer_ids"] + shift)
+    values = policy.decode_tokens(ref["detok_ids"] + shift)
+    assert torch.equal(values, ref["detok_normalized"])
 
 
 DATA_TASKS = ("open the drawer", "close the drawer")
@@ -621,7 +591,7 @@ def data_stub(tmp_path, monkeypatch):
 
 
 class EvaluateStub:
-    """A policy that remembers how it was asked; its actions are `value` times the noise it drew."""
+    """A policy that remembers how it was asked; its actions are `value` times its noise."""
 
     image_size = 16
     device = torch.device("cpu")
@@ -641,7 +611,7 @@ class EvaluateStub:
 
 
 class EvaluateToy:
-    """Four environments that reset themselves; episode e takes e % 3 + 1 steps, even e succeed."""
+    """Four environments that reset themselves: e takes e % 3 + 1 steps, even e succeed."""
 
     num_envs = 4
     tasks = ["toy"]
@@ -702,7 +672,7 @@ STAGE_TEXT = "open the drawer"
 
 
 def stage_episode(seed, length, size=64):
-    """A toy demonstration: the place of a bright bar tells the time, and the action depends on it."""
+    """A toy demonstration: the place of a bright bar tells the time, which tells the action."""
     rng = np.random.default_rng(seed)
     actions = rng.uniform(-0.03, 0.03, (length, 7)).astype(np.float32)
     actions[:, 6] = np.where(np.arange(length) < length / 2, 1, -1)
@@ -907,7 +877,7 @@ class StageEnv:
 
 
 def stage_rollout(policy, count, seed=0):
-    """A Rollout of random images in `count` environments, one decision each, with random rewards."""
+    """A Rollout of one decision in each of `count` environments; images, rewards are random."""
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (count, 64, 64, 3), np.uint8))
     texts = [STAGE_TEXT] * count
@@ -1039,7 +1009,7 @@ def check_stage_anchor(name="openvla"):
 
 
 def check_stage_gae():
-    """Against the double sum A_t = sum_l (gamma lambda)^l delta_t+l, cut at the ends of episodes."""
+    """Against the double sum A_t = sum_l (gamma lambda)^l delta_t+l, cut where episodes end."""
     rng = np.random.default_rng(0)
     rewards, values, following = rng.normal(size=(3, 13, 5))
     terminated, truncated = rng.random((2, 13, 5)) < 0.15
@@ -1066,7 +1036,7 @@ class StageCritic:
 
 
 def check_stage_bootstrap():
-    """next_values: V of the next observation, of the final one at a time limit, 0 after a termination."""
+    """next_values: V of the next observation; at a time limit of the final one; else 0."""
     policy = policies.make_tiny("openvla")
     args = types.SimpleNamespace(horizon=4, seed=0)
     rollout, logs = rl_cotrain.collect(policy, StageEnv(), StageCritic(), args, 0)
@@ -1099,11 +1069,19 @@ def check_stage_normalised():
 
 
 def check_stage_climbs():
-    """PPO on the toy, from a coin's 50 % to above 75 %; six of seven numbers of the action are noise."""
+    """PPO on the toy, from 50 % to above 75 %; six of seven numbers of the action are noise."""
     torch.manual_seed(0)
     out = pathlib.Path(tempfile.mkdtemp()) / "run"
     args = stage_args(
-        out, lambda_real=0.0, num_envs=16, horizon=4, iterations=16, minibatch=16, epochs=2, lr=1e-2, target_kl=0.0
+        out,
+        lambda_real=0.0,
+        num_envs=16,
+        horizon=4,
+        iterations=16,
+        minibatch=16,
+        epochs=2,
+        lr=1e-2,
+        target_kl=0.0,
     )
     assert rl_cotrain.co_train(StagePolicy(), StageEnv(), None, args)
     rates = [row["reward"] / 4 for row in stage_metrics(out)]
@@ -1221,7 +1199,7 @@ class StageData:
 
 
 def check_stage_anchor_holds():
-    """The claim of the paper on a toy: without the anchor the real loss rises while RL learns, with it it stays."""
+    """The paper's claim on a toy: while RL learns, only the anchor keeps the real loss down."""
     rise = {}
     for lambda_real in (0.0, 1.0):
         torch.manual_seed(0)
@@ -1281,7 +1259,7 @@ def check_stage_resume(policy="openvla"):
 
 
 def check_stage_one_resume(policy="openvla"):
-    """Stage I, interrupted by a signal after 3 of 6 steps and resumed: bit for bit the uninterrupted run."""
+    """Stage I, interrupted after 3 of 6 steps and resumed, equals the uninterrupted run."""
     folder = pathlib.Path(tempfile.mkdtemp())
     changed = dict(policy=policy, ema=0.9)
     sft_warmstart.warm_start(stage_options(folder / "whole", **changed))
@@ -1470,33 +1448,6 @@ def check_env_kinematics():
         assert np.abs(jacobian[k] - rows[:, :7]).max() < 1e-6
 
 
-def test_forward_kinematics():
-    check_env_kinematics()
-
-
-def test_inverse_kinematics_reaches_the_workspace():
-    q = np.tile(envs.HOME, (200, 1))
-    start, frame, _ = envs.forward_kinematics(q)
-    goal = np.random.default_rng(0).uniform([.38, -.28, .02], [.62, .25, .25], (200, 3))
-    for step in range(1, 13):                      # in small steps, as the controller does
-        q = envs.inverse_kinematics(q, start + (goal - start) * step / 12, frame)
-    position, turn, _ = envs.forward_kinematics(q)
-    assert np.linalg.norm(position - goal, axis=1).max() < 5e-4
-    assert np.abs(turn - frame).max() < 5e-3
-    assert ((q > envs.JOINT_RANGE[0]) & (q < envs.JOINT_RANGE[1])).all()
-
-
-def test_the_panda_is_a_panda():
-    """It weighs what it should, weightlessly, and only the finger pads collide."""
-    model = mujoco.MjModel.from_xml_string(envs.scene_xml(envs.Task(), 0))
-    robot = np.flatnonzero(model.body_rootid == model.body("link0").id)
-    assert model.body_mass[robot].sum() == pytest.approx(16.82, abs=.01)
-    assert (model.body_gravcomp[robot] == 1).all()
-    colliding = np.isin(model.geom_bodyid, robot) & (model.geom_contype > 0)
-    names = [model.geom(k).name for k in np.flatnonzero(colliding)]
-    assert names == ["pad_left", "pad_right"]
-
-
 @pytest.mark.parametrize("axis", range(6))
 def test_actions_move_the_tool_in_the_base_frame(axis):
     action = ENV_REST.copy()
@@ -1508,7 +1459,8 @@ def test_actions_move_the_tool_in_the_base_frame(axis):
         env.step(one[None, None])
     turn = env.frame[0] @ frame.T
     skew = (turn - turn.T) / 2
-    moved = np.append(env.tcp[0] - tcp, [skew[2, 1], skew[0, 2], skew[1, 0]])
+    turned = [skew[2, 1], skew[0, 2], skew[1, 0]]
+    moved = np.append(env.tcp[0] - tcp, turned)
     assert np.abs(moved - action[:6]).max() < 2e-3
 
 
@@ -1523,10 +1475,6 @@ def check_env_targets():
     for _ in range(3):
         env.step(np.array([[[.01, 0, .02, 0, 0, 0, 1]]]))
     assert env.target[0] - start == pytest.approx([.03, 0, .06], abs=1e-9)
-
-
-def test_targets_accumulate_and_the_gripper_opens_with_plus_one():
-    check_env_targets()
 
 
 def check_env_latency():
@@ -1547,26 +1495,11 @@ def check_env_latency():
     risen = [rise("sim", 1, latency) for latency in (0, 2, 4, 8)]
     assert np.diff(risen, axis=0).max() < -.003
     assert np.abs(risen[3]).max() < 1e-3
-    assert np.abs(rise("sim", 6, 8) - .04).max() < 1e-3    # late, but all of it
 
 
-def test_latency_and_scale():
-    check_env_latency()
-
-
-def test_camera_effects():
-    env = env_make("push-cube", "real")
-    sampled = env.sampled[0]
-    flat = np.full((64, 64, 3), 128, np.uint8)
-    first, same, next_one = [envs.camera_effects(flat, sampled, step) for step in (3, 3, 4)]
-    assert np.array_equal(first, same) and not np.array_equal(first, next_one)
-    assert first[..., 1].std() == pytest.approx(sampled.noise, rel=.15)
-    sampled.noise = 0
-    sampled.curves = None
-    edge = np.zeros((8, 8, 3), np.uint8)
-    edge[:, 4:] = 200
-    blurred = envs.camera_effects(edge, sampled, 0)
-    assert blurred[4, :, 0].tolist() == [0, 0, 0, 50, 150, 200, 200, 200]
+@pytest.mark.parametrize("check", [check_env_kinematics, check_env_targets, check_env_latency])
+def test_env_formula(check):
+    check()
 
 
 def test_the_camera_is_where_mujoco_renders_from_and_sees_the_scene():
@@ -1610,18 +1543,14 @@ def test_openvla_forward_matches_official(policy_openvla_a, s):
     policy_near(policy.logits(hidden), ref[f"sample{s}_logits"], 1e-4)
     tokens = ref[f"sample{s}_action_token_ids"][None]
     hidden, _, _ = policy.hidden(features, ids, mask, tokens[:, :-1])
-    policy_near(
-        policy.logits(hidden[0, -7:]), ref[f"sample{s}_step_logits"], 1e-4
-    )
+    policy_near(policy.logits(hidden[0, -7:]), ref[f"sample{s}_step_logits"], 1e-4)
 
 
 def test_openvla_tokens_and_actions_match_official(policy_openvla_a):
     """One left-padded batch of three prompt lengths against three official batch-1 runs."""
     policy, ref = policy_openvla_a
     rows = [ref[f"prompt{s}_input_ids_final"] for s in range(3)]
-    tokens = policy_greedy(
-        policy, rows, [ref[f"image{s}_uint8"] for s in range(3)]
-    )
+    tokens = policy_greedy(policy, rows, [ref[f"image{s}_uint8"] for s in range(3)])
     for s in range(3):
         assert torch.equal(tokens[s], ref[f"sample{s}_action_token_ids"])
     for key in ("toy_bridge", "toy_nomask", None):
@@ -1649,16 +1578,12 @@ def test_openvla_training_loss_matches_official(policy_openvla_a, monkeypatch):
         labels = ref["train_labels"][row]
         first = int((labels != -100).int().argmax())
         ids = ref["train_input_ids"][row : row + 1, :first]
-        monkeypatch.setattr(
-            policy, "prompt", lambda texts: (ids, torch.ones_like(ids).bool())
-        )
-        action = policy.unnormalize(
-            ref["train_actions_normalized"][row : row + 1].clamp(-1, 1)
-        )
-        assert torch.equal(
-            policy.encode_values(policy.normalize(action))[0],
-            labels[labels != -100][:7],
-        )
+        mask = torch.ones_like(ids).bool()
+        monkeypatch.setattr(policy, "prompt", lambda texts: (ids, mask))
+        values = ref["train_actions_normalized"][row : row + 1].clamp(-1, 1)
+        action = policy.unnormalize(values)
+        tokens = policy.encode_values(policy.normalize(action))
+        assert torch.equal(tokens[0], labels[labels != -100][:7])
         losses.append(policy.bc_loss(features, ["given"], action[:, None]))
     policy_near(torch.stack(losses).mean(), ref["train_loss"], 5e-5)
 
@@ -1676,76 +1601,50 @@ def test_openvla_adapter_matches_peft(policy_openvla_a, merge):
     policy_near(policy.logits(hidden), ref["lora_logits"], 1e-4)
     tokens = policy_greedy(policy, [ids], [ref["image0_uint8"]])
     assert torch.equal(tokens[0], ref["lora_action_token_ids"])
-    assert merge or all(
-        ".lora_" in name or name.startswith("value_head")
-        for name in policy_trainable(policy)
-    )
 
 
 def test_openvla_evaluation_images_match_tensorflow():
     ref = np.load(REFERENCE / "openvla_preproc/tf_preprocess.npz")
     crop = policies.center_crop_90(ref["image_256"][None], 224)[0]
     assert (crop == ref["tf_crop90_224"]).all()
-    for start, goal, crop in (
-        ("image_256", "tf_lanczos3_224", False),
-        ("image_256", "tf_lanczos3_then_crop90_224", True),
-        ("tf_jpeg95_roundtrip_256", "tf_libero_eval_224", True),
+    for start, goal in (
+        ("image_256", "tf_lanczos3_then_crop90_224"),
+        ("tf_jpeg95_roundtrip_256", "tf_libero_eval_224"),
     ):
-        ours = policies.resize_lanczos3(ref[start][None], 224)
-        if crop:
-            ours = policies.center_crop_90(ours, 224)
+        ours = policies.resize_openvla(ref[start][None], 224, crop=True)
         gap = np.abs(ours[0].astype(int) - ref[goal])
         assert gap.max() <= 1 and (gap > 0).mean() <= 6e-4
 
 
-def test_openvla_full_size_shapes():
+def test_full_size_weights_are_the_official_ones():
     config = dict(image_sizes=[224, 224], text_config=dict(vocab_size=32064))
-    policy = policies.build(dict(config, model_type="openvla"))
+    openvla = policies.build(dict(config, model_type="openvla"))
     sizes = [
-        tensor.numel() for tensor in policies.official_tensors(policy).values()
+        tensor.numel() for tensor in policies.official_tensors(openvla).values()
     ]
     assert len(sizes) == 982 and sum(sizes) == 7_541_237_184
-    assert policy.vocab == 32000 and policy.feature_shape == (256, 2176)
-    assert policy.encode_values(torch.tensor([1.0, -1.0, 0.0])).tolist() == [
-        31744,
-        31999,
-        31872,
-    ]
+    assert openvla.vocab == 32000
+    expected = json.loads((REFERENCE / "pi05_full_keys.json").read_text())
+    pi05 = policies.build({"type": "pi05", "action_horizon": 50})
+    tensors = policies.official_tensors(pi05)
+    assert {key: list(tensor.shape) for key, tensor in tensors.items()} == expected
+    policies.load_tensors(pi05, tensors)
 
 
 def test_pi05_matches_openpi():
-    policy_compare_pi05(
-        policies.load_policy(REFERENCE / "pi05_a"), gradients=True
-    )
+    check_policy_openpi()
 
 
 @pytest.mark.parametrize("layout", ["lerobot", "rlinf", "rlinf_dump"])
 def test_pi05_layouts(tmp_path, layout):
     policy_rewrite_pi05(tmp_path / layout, layout)
     policy = policies.load_policy(tmp_path / layout, chunk=2)
-    policy_compare_pi05(policy, gradients=False)
-    assert policy.settings["style"] == (
-        "lerobot" if layout == "lerobot" else "openpi"
-    )
+    policy_compare_pi05(policy)
+    assert (policy.settings["style"] == "lerobot") == (layout == "lerobot")
     names = dict(lerobot=["lerobot"], rlinf=["pick_and_place"], rlinf_dump=[])
     assert list(policy.statistics) == names[layout]
-    assert all(
-        stats["action"]["q01"] == [-1] * 7 for stats in policy.statistics.values()
-    )
-    policy.save(tmp_path / "again")
-    again = policies.load_policy(tmp_path / "again")
-    assert policy_same(policy, again)
-    assert policy.statistics == again.statistics
-
-
-def test_pi05_full_size_keys():
-    expected = json.loads((REFERENCE / "pi05_full_keys.json").read_text())
-    policy = policies.build({"type": "pi05", "action_horizon": 50})
-    tensors = policies.official_tensors(policy)
-    assert {
-        key: list(tensor.shape) for key, tensor in tensors.items()
-    } == expected
-    policies.load_tensors(policy, tensors)
+    for stats in policy.statistics.values():
+        assert stats["action"]["q01"] == [-1] * 7
 
 
 @pytest.mark.parametrize("style", ["openpi", "lerobot"])
@@ -1755,15 +1654,10 @@ def test_pi05_preprocessing_matches_official(style):
     policy = policies.make_tiny("pi05", style=style, discrete_state=True)
     policy.statistics = {"x": dict(action=numbers, state=numbers)}
     policy.action_dim = 7
-    policy_near(
-        policy.normalize(ref["state"]), ref[f"{style}_state_norm"].float(), 5e-5
-    )
+    values = policy.normalize(ref["state"])
+    policy_near(values, ref[f"{style}_state_norm"].float(), 5e-5)
     expected = ref[f"{style}_actions_unnorm"][..., :7]
     policy_near(policy.unnormalize(ref["model_actions"]), expected.float(), 5e-5)
-    if style == "openpi":
-        assert torch.equal(
-            policy.state_bins(ref["state"]), ref["state_bins"].long()
-        )
     for name in ("img_wide", "img_tall"):
         image = ref[name][None].numpy()
         ours = torch.from_numpy(policies.resize_with_pad(image, 56, style)[0])
@@ -1776,37 +1670,30 @@ def test_pi05_preprocessing_matches_official(style):
 
 @pytest.mark.parametrize("kind", ["stateless", "with_state"])
 def test_pi05_prompts_match_official(monkeypatch, kind):
-    prompts = json.loads((REFERENCE / "pi05_preproc/prompts.json").read_text())
+    prompts = json.loads((REFERENCE / "pi05_preproc/prompts.json").read_text())[
+        kind
+    ]
     ref = policy_arrays("pi05_preproc/preproc.npz")
     policy = policies.make_tiny("pi05", discrete_state=kind == "with_state")
-    policy.statistics = {
-        "x": {"state": dict(q01=ref["q01"].tolist(), q99=ref["q99"].tolist())}
-    }
+    numbers = dict(q01=ref["q01"].tolist(), q99=ref["q99"].tolist())
+    policy.statistics = {"x": {"state": numbers}}
     calls = []
     monkeypatch.setattr(policy, "encode", lambda text: calls.append(text) or [7])
     if kind == "stateless":
-        ids, _ = policy.prompt([prompts[kind]["task"]])
-        assert calls == [text for text, _ in prompts[kind]["encode_calls"]]
+        ids, _ = policy.prompt([prompts["task"]])
+        assert calls == [text for text, _ in prompts["encode_calls"]]
         assert ids.tolist() == [[2, 7, 7]]
     else:
-        policy.prompt([row["task"] for row in prompts[kind]], ref["state"])
-        assert calls == [row["prompt"] for row in prompts[kind]]
-
-
-@policy_both
-def test_act_and_evaluate_agree_in_any_batch(name):
-    check_policy_agreement(name)
-
-
-@policy_both
-def test_normalisation_is_invertible(name):
-    check_policy_normalisation(name)
+        policy.prompt([row["task"] for row in prompts], ref["state"])
+        assert calls == [row["prompt"] for row in prompts]
+        assert torch.equal(
+            policy.state_bins(ref["state"]), ref["state_bins"].long()
+        )
 
 
 def test_flow_formulas():
     check_policy_chain()
     check_policy_sde()
-    check_policy_time()
 
 
 def test_token_tables_match_official():
@@ -1815,94 +1702,41 @@ def test_token_tables_match_official():
 
 def test_openvla_logp_is_the_softmax_over_256(policy_pair):
     policy = policy_pair["openvla"]
-    images, texts = policy_batch(4)
-    decision = policy.act(images, texts)
+    (images, texts), decision = policy_decide(policy, 4)
     tokens = decision.trace["tokens"]
-    hidden, _, _ = policy.hidden(
-        torch.from_numpy(images), *policy.prompt(texts), tokens[:, :-1]
-    )
-    allowed = torch.full((policy.vocab + 64,), -math.inf)
-    allowed[policy.vocab - 256 : policy.vocab] = 0
-    full = torch.distributions.Categorical(
-        logits=policy.logits(hidden[:, -7:]) + allowed
-    )
-    policy_near(full.log_prob(tokens).sum(1), decision.logp, 1e-4)
+    features = policy.encode_images(images)
+    hidden, _, _ = policy.hidden(features, *policy.prompt(texts), tokens[:, :-1])
+    first = policy.vocab - 256
+    logits = policy.logits(hidden[:, -7:])[..., first : policy.vocab]
+    allowed = torch.distributions.Categorical(logits=logits)
+    policy_near(allowed.log_prob(tokens - first).sum(1), decision.logp, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "decoding, temperature", [("sample", 0.9), ("deploy", 0.6)]
-)
-def test_token_frequencies_match_the_softmax(decoding, temperature):
-    """Chi-square of 2000 first tokens; rare tokens count as one."""
-    policy = policies.make_tiny("openvla", temperature=0.9)
+def test_token_frequencies_match_the_softmax():
+    """Counts of 2000 first tokens, each within 5 standard deviations."""
+    policy = policies.make_tiny("openvla", temperature=0.5)
     policy.language_model.lm_head.weight.data *= 8
     images, texts = policy_batch(1)
     features = policy.encode_images(images).detach()
     hidden, _, _ = policy.hidden(features, *policy.prompt(texts))
-    probs = (
-        (policy.action_logits(hidden[0, -1]) / temperature).softmax(-1).detach()
-    )
+    expected = 2000 * (policy.action_logits(hidden[0, -1]) / 0.5).softmax(-1)
     seen = (features.expand(2000, -1, -1), texts * 2000)
-    tokens = policy.act(*seen, None, decoding, policy_generator()).trace["tokens"]
+    tokens = policy.act(*seen, generator=policy_generator()).trace["tokens"]
     counts = torch.bincount(tokens[:, 0] - policy.vocab + 256, minlength=256)
-    often = probs * 2000 >= 5
-    expected = torch.cat([probs[often], probs[~often].sum()[None]]) * 2000
-    counts = torch.cat([counts[often], counts[~often].sum()[None]])
-    chi2 = ((counts - expected) ** 2 / expected).sum()
-    assert often.sum() > 20 and abs(chi2 - often.sum()) < 5 * math.sqrt(
-        2 * often.sum()
-    )
-
-
-def test_flow_noise_moments_match_the_formula():
-    """Of 256 chains, (x' - mean) / std is standard normal at every step."""
-    policy = policy_shaken("pi05")
-    images, texts = policy_batch(1)
-    features = policy.encode_images(images).detach().expand(256, -1, -1, -1)
-    trace = policy.act(features, texts * 256, generator=policy_generator()).trace
-    _, kv, valid = policy.observe(features, texts * 256, None, None)
-    v, h = policy.velocity(trace["x"], 1 - trace["step"] / 4, kv, valid)
-    mean, std = policy.transition(trace["x"], v, h, trace["step"])
-    z = ((trace["x_next"] - mean) / std).detach()  # (256, 4, 8, 8)
-    n = z[:, 0].numel()
-    assert (z.mean((0, 2, 3)).abs() < 4.5 / n**0.5).all()
-    assert ((z.std((0, 2, 3)) - 1).abs() < 4.5 / (2 * n) ** 0.5).all()
-
-
-def test_bc_loss_starts_at_its_theoretical_value():
-    images, texts = policy_batch(32)
-    openvla = policies.make_tiny("openvla")
-    loss = openvla.bc_loss(images, texts, policy_actions(32, 1))
-    assert (
-        abs(loss - math.log(openvla.config["text_config"]["vocab_size"])) < 0.15
-    )
-    pi05 = policies.make_tiny("pi05")
-    actions = policy_actions(32, 8)
-    expected = 1 + pi05.normalize(actions)[..., :7].square().mean()
-    losses = [
-        pi05.bc_loss(images, texts, actions, generator=policy_generator(i))
-        for i in range(10)
-    ]
-    assert abs(torch.stack(losses).mean() - expected) < 0.1
+    assert ((counts - expected).abs() < 5 * expected.sqrt() + 5).all()
+    assert expected.max() > 300, "a wrong temperature must show"
 
 
 @policy_both
 def test_padding_is_not_imitated(policy_pair, name):
     policy = policy_pair[name]
-    images, texts = policy_batch(4)
-    actions = policy_actions(4, policy.horizon)
+    seen = (*policy_batch(4), policy_actions(4, policy.horizon))
     pad = torch.zeros(4, policy.horizon, dtype=torch.bool)
     pad[0] = True
     pad[:, 5:] = True
-
-    def loss(actions, **options):
-        return policy.bc_loss(
-            images, texts, actions, generator=policy_generator(), **options
-        )
-
-    steps = loss(actions, reduction="none")
-    assert steps.shape == pad.shape
-    policy_near(loss(actions, pad=pad), steps[~pad].mean(), 5e-5)
+    steps = policy.bc_loss(*seen, reduction="none", generator=policy_generator())
+    mean = policy.bc_loss(*seen, pad, generator=policy_generator())
+    policy_near(mean, steps[~pad].mean(), 5e-5)
 
 
 def test_flow_time_is_beta(monkeypatch):
@@ -1922,11 +1756,21 @@ def test_flow_time_is_beta(monkeypatch):
         None, None, policy_actions(5000, 8), generator=policy_generator()
     )
     beta = (times[0] - 0.001) / 0.999
-    assert beta.min() >= 0 and beta.max() <= 1
-    assert (
-        abs(beta.mean() - 3 / 5) < 0.02
-        and abs(beta.square().mean() - 3 / 7) < 0.02
-    )
+    assert abs(beta.mean() - 3 / 5) < 0.02
+    assert abs(beta.square().mean() - 3 / 7) < 0.02
+
+
+def test_the_ode_has_no_density(policy_pair):
+    policy = policy_pair["pi05"]
+    seen, decision = policy_decide(policy, 2, "deploy")
+    logp, entropy, _ = policy.evaluate(*seen, decision.trace)
+    assert not decision.logp.any() and not logp.any() and not entropy.any()
+    _, kv, valid = policy.observe(*seen, None, None)
+    x = torch.randn(2, 1, 8, 8, generator=policy_generator())
+    for i in range(4):
+        v, _ = policy.velocity(x, torch.full((2, 1), 1 - i / 4), kv, valid)
+        x = x - v / 4
+    policy_near(decision.actions, policy.unnormalize(x[:, 0])[:, :4], 5e-5)
 
 
 def check_data_reading():
@@ -2087,7 +1931,6 @@ def check_evaluate_mcnemar():
         got = evaluate.compare(first, second)
         assert math.isclose(got["p"], extreme / 2 ** (b + c))
         assert (got["only_first"], got["only_second"]) == (b, c)
-        assert (got["both"], got["neither"]) == (1, 1)
 
 
 def check_evaluate_interval():
@@ -2101,8 +1944,6 @@ def check_evaluate_interval():
     half = 1.96 * math.sqrt((share[1] + share[2] - d**2) / counts.sum())
     assert math.isclose(got["difference"], 0.4)
     assert np.allclose((got["low"], got["high"]), (d - half, d + half))
-    back = evaluate.compare(second, first)
-    assert np.allclose((back["low"], back["high"]), (-got["high"], -got["low"]))
 
 
 def check_evaluate_summary():
@@ -2115,9 +1956,14 @@ def check_evaluate_summary():
     assert evaluate.summary(episodes) == expected
 
 
-@pytest.mark.parametrize("name", ["wilson", "mcnemar", "interval", "summary"])
-def test_evaluate_formula(name):
-    globals()[f"check_evaluate_{name}"]()
+@pytest.mark.parametrize("check", [
+    check_evaluate_wilson,
+    check_evaluate_mcnemar,
+    check_evaluate_interval,
+    check_evaluate_summary,
+])
+def test_evaluate_formula(check):
+    check()
 
 
 @pytest.mark.parametrize("name, micro_batch", [("openvla", 64), ("openvla", 2), ("pi05", 64)])
@@ -2233,24 +2079,19 @@ def test_pretrain_probe_sees_words_and_attention(name, monkeypatch):
 @pytest.mark.parametrize("domain, variant", ENV_SETTINGS)
 @pytest.mark.parametrize("task", envs.TASKS)
 def test_environment_contract(task, domain, variant):
-    env, twin, other = [envs.make_env(task, domain, 2, seed, variant=variant) for seed in (3, 3, 4)]
+    made = [envs.make_env(task, domain, 2, seed, variant=variant) for seed in (3, 3, 4)]
+    env, twin, other = made
     obs = env.reset()
     assert env_same(obs, twin.reset())
-    different = not np.array_equal(obs["images"], other.reset()["images"])
+    assert not np.array_equal(obs["images"], other.reset()["images"])
     for i in range(2):
         model, data = env_mujoco(env, i)
         mujoco.mj_forward(model, data)
-        assert data.contact.dist.min(initial=0) > -5e-4    # m; nothing interpenetrates at the start
-        assert "{" not in obs["instructions"][i]
-        if task.endswith("drawer"):
-            assert -1e-9 <= data.qpos[FREE] <= env.sampled[i].stroke
-    for t in range(2):
-        actions = env_actions(2, 2, t)
-        obs, reward, terminated, truncated, _ = env.step(actions)
-        assert env_same(obs, twin.step(actions)[0])
-        different |= not np.array_equal(obs["images"], other.step(actions)[0]["images"])
-        assert np.isfinite(obs["state"]).all() and not (terminated & truncated).any()
-    assert different
+        assert data.contact.dist.min(initial=0) > -5e-4    # m; no interpenetration at first
+    actions = env_actions(2, 4)
+    obs, *_ = env.step(actions)
+    assert env_same(obs, twin.step(actions)[0])
+    assert np.isfinite(obs["state"]).all()
 
 
 def check_env_fresh():
@@ -2264,27 +2105,25 @@ def check_env_fresh():
     assert not (env.images == 7).all(), "a user must be able to write into what he was given"
 
 
-def test_observations_are_fresh_and_the_contract_holds():
-    check_env_fresh()
-    envs.check_env(envs.make_env("all", num_envs=3))
-
-
 def test_check_env_lists_everything_that_is_wrong():
-    env = envs.make_env("close-drawer", num_envs=2)
+    env = envs.make_env("all", num_envs=2)
+    envs.check_env(env)
     sound_step = env.step
 
     def step(actions):
         obs, reward, terminated, truncated, info = sound_step(actions)
-        obs["instructions"].pop()
         del info["failure"]
-        return obs, reward.astype(float), terminated * 1, truncated, info
+        return obs, reward.astype(float), terminated, truncated, info
     env.step = step
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="(?s)failure: .*reward: got float64"):
         envs.check_env(env)
-    for words in ("instructions: got 1", "reward: got float64", "terminated: got int64", "failure"):
-        assert words in str(error.value)
-    with pytest.raises(ValueError, match="num_envs(.|\n)*step"):
-        envs.check_env(object())
+
+
+def test_make_env_lists_everything_that_is_wrong():
+    wrong = dict(image_size=4, randomise=["late"], group=3, variant="old")
+    wanted = "(?s)fold-shirt.*push-cube.*mars.*old.*late.*image_size.*group = 3"
+    with pytest.raises(ValueError, match=wanted):
+        envs.make_env("fold-shirt", "mars", 4, **wrong)
 
 
 def test_a_fifth_task_is_a_class_and_a_line(monkeypatch):
@@ -2293,8 +2132,6 @@ def test_a_fifth_task_is_a_class_and_a_line(monkeypatch):
     env = envs.make_env("touch-cube", "real", 10)
     assert envs.run_expert(env, 10)[0].all() and env.privileged_size == 16
     assert env.wrong_instructions() == ["open the drawer"] * 10
-    mixed = envs.make_env("all", "pretrain", 20, image_size=0)
-    assert set(mixed.reset()["instructions"]) > {"touch the cube"}
     envs.check_env(envs.make_env("touch-cube", num_envs=2))
 
 
@@ -2314,49 +2151,29 @@ def test_experts_succeed(task, domain):
             assert envs.run_expert(held_out, 25)[0].mean() >= .9
 
 
-@pytest.mark.slow
-def test_every_shape_can_be_picked():
-    env = env_make("pick-place", num_envs=10)
-    for shape in envs.SHAPES:
-        env.distributions["shape"] = shape
-        assert envs.run_expert(env, 10)[0].mean() >= .9, shape
-    used = [envs.UNSEEN_OBJECTS["shape"], *envs.PARAMETERS["shape"].values()]
-    unseen, sim, real, pretrain = [set(choice.options) for choice in used]
-    assert not unseen & (sim | real | pretrain) and not pretrain & (sim | real)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", envs.TASKS)
-def test_random_actions_do_not_succeed(task):
-    env = env_make(task, num_envs=50)
-    success = np.zeros(50, bool)
-    for step in range(env.horizon[0]):
-        info = env.step(env_actions(50, 1, step))[-1]
-        success |= info["success"] & (info["episode"] < 50)
-    assert success.sum() <= 1
-
-
 def check_env_same_episode():
     """Episode 4 does not depend on how many environments run, nor on where it starts."""
     actions = env_actions(1, 6)
 
     def trace(**options):
         env = env_make("all", "real", **options)
-        row = list(env.episode).index(4)
-        before = env.observe(np.array([row]))
+        row = np.flatnonzero(env.episode == 4)
+        before = env.observe(row)
         env.step(np.repeat(actions, env.num_envs, 0))
-        return before, env.observe(np.array([row]))
+        return before, env.observe(row)
     before, after = trace(first_episode=4)
-    for options in (dict(num_envs=5), dict(num_envs=2, first_episode=1, episode_stride=3)):
+    five = dict(num_envs=5)
+    two = dict(num_envs=2, first_episode=1, episode_stride=3)
+    for options in (five, two):
         again = trace(**options)
-        assert env_same(again[0], before) and env_same(again[1], after), options
+        assert env_same(again[0], before), options
+        assert env_same(again[1], after), options
 
 
 def test_an_episode_is_the_same_however_it_is_run():
-    check_env_same_episode()
-    for name in (0, 1):                            # success and length, of the tele-operator, too
-        runs = [envs.run_expert(env_make("all", "real", n), 8, "teleop")[name] for n in (1, 4)]
-        assert np.array_equal(*runs)
+    alone = envs.run_expert(env_make("all", "real"), 8, "teleop")
+    four = envs.run_expert(env_make("all", "real", 4), 8, "teleop")
+    assert np.array_equal(alone, four)             # success and length
 
 
 def check_env_group():
@@ -2368,10 +2185,6 @@ def check_env_group():
     for ids in ([0], [4], [0], [1], [3], [5]):
         env.begin_episodes(np.array(ids))
     assert env.episode.tolist() == [22, 12, 2, 17, 17, 17]
-
-
-def test_groups_share_their_episodes():
-    check_env_group()
 
 
 def test_a_chunk_is_its_steps_and_a_time_limit_ends_it():
@@ -2397,18 +2210,11 @@ def check_env_frozen():
     assert info["ended"].tolist() == [0]
     later, _, _, truncated, info = env.step(env_actions(2, 2, 1))
     assert not len(info["ended"]) and not truncated.any()
-    for name in ("images", "privileged"):
-        same = [np.array_equal(*pair) for pair in zip(later[name], obs[name])]
-        assert same == [True, False]
+    same = (later["images"] == obs["images"]).all((1, 2, 3))
+    assert same.tolist() == [True, False]
     assert env.steps.tolist() == [40, 4]
-    env.over[:] = True
-    assert env_same(env.step(env_actions(2, 1))[0], later)
     env.reset()
     assert not env.over.any()
-
-
-def test_without_auto_reset():
-    check_env_frozen()
 
 
 def check_env_rewards():
@@ -2418,48 +2224,44 @@ def check_env_rewards():
     total = np.zeros(4)
     for _ in range(45):
         total += env.step(expert.act()[0][:, None])[1]
-    assert env.succeeded.all() and total == pytest.approx(np.full(4, 1.2), abs=1e-6)
-
-
-def test_events_are_rewarded_once():
-    check_env_rewards()
+    assert env.succeeded.all()
+    assert total == pytest.approx([1.2] * 4, abs=1e-6)
 
 
 def check_env_success():
     """Success of pick-place is measured: inside the dish, at the right height, tool away."""
     env = env_make("pick-place")
-    scene = env_scene(env, 0)
-    for offset, success in (((0, 0, .009), True), ((0, 0, .03), False), ((0, 0, -.002), False),
-                            ((.06, 0, .009), False)):
-        scene.qpos[0, 9:12] = env.goal[0] + (0, 0, env.sampled[0].rest) + offset
+    scene = env.scenes["pick-place"]
+    in_dish = env.goal[0] + (0, 0, env.sampled[0].rest)
+    cases = [
+        ((0, 0, .03), False),
+        ((0, 0, -.002), False),
+        ((.06, 0, .009), False),
+        ((0, 0, .009), True),
+    ]
+    for offset, success in cases:
+        scene.qpos[0, 9:12] = in_dish + offset
         env.measure(np.array([0]))
         assert env.success[0] == success, offset
-    scene.qpos[0, 9:12] = env.goal[0] + (0, 0, env.sampled[0].rest + .009)
-    scene.qvel[0] = 0
     _, reward, terminated, truncated, _ = env.step(ENV_REST[None, None])
     assert terminated[0] and not truncated[0]
     assert reward[0] == pytest.approx(1)
 
 
-def test_success_is_measured_and_terminates():
-    check_env_success()
-
-
 def check_env_wrong_cube():
+    """Pushing the named cube is a success, pushing another one a failure; both end it."""
     env = env_make("push-cube", num_envs=3)
     named = [sampled.named for sampled in env.sampled]
-    for i, cube in ((0, named[0]), (1, (named[1] + 1) % 3)):
-        env.scenes["push-cube"].qpos[i, 9 + 7 * cube] += .13
+    right = named[0]
+    wrong = (named[1] + 1) % 3
+    qpos = env.scenes["push-cube"].qpos
+    qpos[0, FREE + 7 * right] += .13
+    qpos[1, FREE + 7 * wrong] += .13
     _, reward, terminated, _, info = env.step(np.zeros((3, 1, 7)))
     assert terminated.tolist() == [True, True, False]
     assert info["success"].tolist() == [True, False, False]
     assert info["failure"].tolist() == [False, True, False]
     assert reward == pytest.approx([1, 0, 0])
-    assert not env.step(np.zeros((3, 1, 7)))[-1]["failure"].any()      # it ends with its episode
-
-
-def test_pushing_a_wrong_cube_fails():
-    check_env_wrong_cube()
 
 
 def check_env_instruction():
@@ -2468,21 +2270,26 @@ def check_env_instruction():
         env = env_make("push-cube", domain, 12)
         scene = env.scenes["push-cube"]
         cubes = env.distributions["cubes"]
-        wrong = env.wrong_instructions()
-        for i in range(12):
-            words = [{*env.instruction[i].split()} & {*cubes}, {*wrong[i].split()} & {*cubes}]
-            for k, word in enumerate(words):
-                cube = (env.sampled[i].named + k) % 3
-                rgb = scene.field("geom_rgba")[i, scene.model.geom(f"cube{cube}").id, :3]
-                shades = cubes[word.pop()]
-                shades = np.reshape(getattr(shades, "options", shades), (-1, 3))
-                assert np.abs(shades - rgb).max(1).min() < 1e-6
+        for i, wrong in enumerate(env.wrong_instructions()):
+            for k, words in enumerate((env.instruction[i], wrong)):
+                (colour,) = {*words.split()} & {*cubes}
+                cube = scene.model.geom(f"cube{(env.sampled[i].named + k) % 3}").id
+                rgb = scene.field("geom_rgba")[i, cube, :3]
+                assert env_distance([rgb], env_colours(cubes[colour])) < 1e-6
 
 
-def test_the_instruction_names_the_cube():
-    check_env_instruction()
-    wrong = [env_make(task).wrong_instructions()[0] for task in envs.TASKS if task != "push-cube"]
-    assert wrong == ["open the drawer", "close the drawer", "open the drawer"]
+@pytest.mark.parametrize("check", [
+    check_env_fresh,
+    check_env_same_episode,
+    check_env_group,
+    check_env_frozen,
+    check_env_rewards,
+    check_env_success,
+    check_env_wrong_cube,
+    check_env_instruction,
+])
+def test_env_rule(check):
+    check()
 
 
 def test_privileged_is_what_the_simulator_knows():
@@ -2494,53 +2301,24 @@ def test_privileged_is_what_the_simulator_knows():
     assert privileged[:, 9] == pytest.approx(10 * env.opening)
     names = list(envs.TASKS)
     assert [names[k] for k in privileged[:, 11:].argmax(1)] == list(env.task)
-    assert privileged.shape == (8, env.privileged_size) == (8, 11 + len(names))
-    expert = envs.Expert(env)
-    ended = []
-    while not len(ended):
-        obs, *_, info = env.step(expert.act()[0][:, None])
-        ended = info["ended"]
-    assert (info["final_obs"]["privileged"][:, 10] == 1).all()     # touched before success
-    assert not obs["privileged"][ended, 10].any()                  # not yet, in the next episode
-
-
-@pytest.mark.parametrize("domain", ["sim", "real"])
-@pytest.mark.parametrize("task", envs.TASKS)
-def test_the_image_shows_two_centimetres(task, domain):
-    env = envs.make_env(task, domain)
-    before = env.reset()["images"][0].astype(int)
-    index = FREE + 7 * getattr(env.sampled[0], "named", 0)
-    env_scene(env, 0).qpos[0, index] += -.02 if task == "close-drawer" else .02
-    after = env.observe(np.array([0]))["images"][0].astype(int)
-    assert (np.abs(after - before).max(-1) > 25).sum() >= 4
-
-
-def env_colours(value):
-    """Return the set of all colours in a distribution, or in a dict of them."""
-    if isinstance(value, envs.Choice):
-        return set(value.options)
-    if isinstance(value, dict):
-        return set().union(*[env_colours(one) for one in value.values()])
-    return {value}
 
 
 def test_domains_differ_in_every_parameter():
+    """And `pretrain` shares no colour and no place of the camera with the others."""
     for name, of in envs.PARAMETERS.items():
         assert (of["sim"] == of["real"]) == (name == "side"), name
-    far = dict.fromkeys(("table", "wall", "colour", "dish", "cabinet", "handle"), .25)
-    for name, apart in (far | dict(robot=.1, cubes=.12)).items():
-        of = envs.PARAMETERS[name]
-        own = np.array([*env_colours(of["pretrain"])])
-        others = np.array([*env_colours(of["sim"]), *env_colours(of["real"])])
-        distance = np.linalg.norm(own[:, None] - others, axis=2)
-        assert distance.min() > apart and len(own) > 20, name
+    apart = dict.fromkeys(("table", "wall", "colour", "dish", "cabinet", "handle"), .25)
+    apart |= dict(robot=.1, cubes=.12)
     eyes = {}
     for domain in envs.DOMAINS:
         cameras = env_make("push-cube", domain, 100).camera
-        eyes[domain] = np.array([camera.eye for camera in cameras])
+        eyes[domain] = [camera.eye for camera in cameras]
     for domain in ("sim", "real"):
-        distance = np.linalg.norm(eyes["pretrain"][:, None] - eyes[domain], axis=2)
-        assert distance.min() > .04                # m
+        for name, least in apart.items():
+            of = envs.PARAMETERS[name]
+            distance = env_distance(env_colours(of["pretrain"]), env_colours(of[domain]))
+            assert distance > least, name
+        assert env_distance(eyes["pretrain"], eyes[domain]) > .04      # m
 
 
 def test_randomise_draws_as_pretrain_but_for_the_camera():
@@ -2553,41 +2331,22 @@ def test_randomise_draws_as_pretrain_but_for_the_camera():
     assert dynamics == sim | {name: other[name] for name in envs.DYNAMICS}
     for name, near in envs.NEAR_CAMERA.items():
         assert near.low < sim[name] < near.high
-    plain = envs.make_env("push-cube", num_envs=4)
-    moved = envs.make_env("push-cube", num_envs=4, randomise=envs.RANDOMISE)
-    before = plain.reset()
-    after = moved.reset()
-    assert before["instructions"] == after["instructions"]
-    assert plain.object == pytest.approx(moved.object, abs=1e-3)
-    assert (before["images"] != after["images"]).mean((1, 2, 3)).min() > .5
-
-
-def test_wrong_arguments_are_all_named_at_once():
-    with pytest.raises(ValueError) as error:
-        envs.make_env("fold-shirt", "mars", 4, image_size=4, randomise=["late"], group=3)
-    for words in ("fold-shirt", "push-cube", "mars", "image_size", "late", "group = 3"):
-        assert words in str(error.value)
-    with pytest.raises(ValueError, match="unseen-objects"):
-        envs.make_env("push-cube", "pretrain", variant="unseen-objects")
-    with pytest.raises(ValueError, match="expert or teleop"):
-        envs.Expert(env_make("push-cube"), style="careful")
 
 
 def test_wrong_actions_move_nothing():
     env = env_make("push-cube", num_envs=4)
-    state = env.scenes["push-cube"].batch.state.copy()
-    for shape in ((4, 7), (3, 1, 7), (4, 1, 6), (4, 0, 7)):
+    start = env.target[:, 0].copy()
+    for shape in ((4, 7), (3, 1, 7), (4, 0, 7)):
         with pytest.raises(ValueError, match=r"need \(4, K >= 1, 7\)"):
             env.step(np.zeros(shape))
-    bad = np.zeros((4, 2, 7))
-    bad[1, 0, 3] = np.nan
-    bad[3, 1, 0] = np.inf
+    far = np.full((4, 2, 7), 9.)
+    bad = far.copy()
+    bad[[1, 3], 0, 3] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"\[1, 3\]"):
         env.step(bad)
-    assert np.array_equal(env.scenes["push-cube"].batch.state, state)
-    start = env.target[:, 0].copy()
-    env.step(np.full((4, 2, 7), 9.))               # clipped
-    assert env.target[:, 0] - start == pytest.approx(np.full(4, 2 * envs.ACTION_LIMIT[0]))
+    env.step(far)                                  # clipped
+    moved = env.target[:, 0] - start
+    assert moved == pytest.approx([2 * envs.ACTION_LIMIT[0]] * 4)
 
 
 def check_env_diverged():
@@ -2599,9 +2358,11 @@ def check_env_diverged():
     assert terminated.tolist() == [False, True, False] and not truncated.any()
     assert info["diverged"][1] and reward[1] == 0
     assert np.isfinite(info["final_obs"]["state"]).all()
-    assert np.array_equal(obs["state"][::2], other["state"][::2])
+    sound = [0, 2]
+    assert np.array_equal(obs["state"][sound], other["state"][sound])
     obs, _, _, _, info = env.step(env_actions(3, 2, 1))
-    assert np.isfinite(obs["state"]).all() and not info["diverged"].any()
+    assert np.isfinite(obs["state"]).all()
+    assert not info["diverged"].any()
 
 
 def test_a_diverging_simulation_ends_alone(tmp_path, monkeypatch):
@@ -2610,63 +2371,30 @@ def test_a_diverging_simulation_ends_alone(tmp_path, monkeypatch):
 
 
 def test_demonstrators():
-    """With noise the label stays the clean action; of the tele-operator it is what was executed."""
+    """With noise the label stays the clean action; a tele-operator's is what was executed."""
     env = env_make("push-cube", num_envs=6)
     executed, label = envs.Expert(env, noise=.004).act()
-    noise = np.abs(executed - label)[:, :3].max(1)
-    assert (0 < noise).all() and (noise < .02).all()
+    assert (executed != label).any(1).all()
     env.reset()
     clean = envs.Expert(env).act()
     assert np.array_equal(*clean)
     assert clean[1] == pytest.approx(label, abs=1e-9)
     executed, label = envs.Expert(env, "teleop").act()
     assert np.array_equal(executed, label)
-    assert (np.abs(executed) <= envs.ACTION_LIMIT).all()
 
 
-def test_environments_do_not_destroy_each_others_images():
-    keep = envs.make_env("push-cube")
-    first = keep.reset()["images"]
-    for task in envs.TASKS:
-        envs.make_env(task).reset()
-        assert np.array_equal(keep.observe(np.array([0]))["images"], first)
-
-
-def env_checksum(_=None):
-    """Return a number that depends on every pixel of an image."""
-    return int(envs.make_env("push-cube", "real").reset()["images"].astype(int).sum())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_child_processes_render(method):
-    here = env_checksum()                          # the parent has an OpenGL context already
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map_async(env_checksum, range(2)).get(timeout=60) == [here, here]
-
-
-@pytest.mark.parametrize("visible, rank, device", [
-    (None, 1, "1"), ("2,3", 1, "3"), ("2", 1, "2"), (None, 5, "1"), ("GPU-5ebe,GPU-ac33", 1, None)])
-def test_each_rank_renders_on_its_own_gpu(visible, rank, device, monkeypatch):
-    environ = dict(os.environ, LOCAL_RANK=str(rank))
+@pytest.mark.parametrize("visible, device", [
+    ("2,3", "3"),
+    ("2", "2"),
+    ("GPU-5ebe,GPU-ac33", None),
+])
+def test_each_rank_renders_on_its_own_gpu(visible, device, monkeypatch):
+    environ = os.environ | dict(LOCAL_RANK="1", CUDA_VISIBLE_DEVICES=visible)
     environ.pop("MUJOCO_EGL_DEVICE_ID", None)
-    environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if visible:
-        environ["CUDA_VISIBLE_DEVICES"] = visible
     monkeypatch.setattr(os, "environ", environ)
     monkeypatch.setattr(envs.glob, "glob", lambda _: [f"/dev/nvidia{k}" for k in range(4)])
     envs.choose_opengl()
     assert environ.get("MUJOCO_EGL_DEVICE_ID") == device
-
-
-def test_missing_opengl_is_explained(monkeypatch):
-    def broken(*_):
-        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
-    monkeypatch.setattr(mujoco, "GLContext", broken)
-    monkeypatch.setattr(envs, "GL_CONTEXT", {})
-    with pytest.raises(OSError, match="apt-get install libegl1 libgl1.*image_size=0"):
-        envs.make_env("push-cube")
-    env_make("push-cube")                          # works without OpenGL
 
 
 POLICY_SETTINGS = [
@@ -2674,27 +2402,18 @@ POLICY_SETTINGS = [
     ("openvla", dict(temperature=0.5)),
     ("pi05", {}),
     ("pi05", dict(sampler="flow_sde")),
-    ("pi05", dict(sampler="flow_sde", steps=1)),
     ("pi05", dict(steps=3, chunk=2, horizon=5)),
 ]
 
 
 @pytest.mark.parametrize("name, settings", POLICY_SETTINGS)
 def test_policies_keep_the_contract(name, settings):
+    check_policy_agreement(name, **settings)
     policy = policy_shaken(name, **settings)
     policies.check_policy(policy)
-    images, texts = policy_batch(7)
-    decision = policy.act(images, texts, generator=policy_generator(5))
-    assert not decision.logp.requires_grad
-    order = torch.randperm(7, generator=policy_generator())
-    trace = {key: part[order] for key, part in decision.trace.items()}
-    logp, _, value = policy.evaluate(
-        images[order], [texts[i] for i in order], trace
-    )
-    policy_near(logp, decision.logp[order], 1e-4)
-    policy_near(value, decision.value[order], 1e-4)
-    policy_near(policy.value(images, texts), decision.value, 1e-4)
-    again = policy.act(images, texts, generator=policy_generator(5))
+    seen, decision = policy_decide(policy, 7)
+    policy_near(policy.value(*seen), decision.value, 1e-4)
+    _, again = policy_decide(policy, 7)
     assert torch.equal(again.actions, decision.actions)
 
 
@@ -2718,123 +2437,45 @@ def test_check_policy_lists_what_is_wrong():
         "evaluate: got no gradient",
     ):
         assert text in str(caught.value)
-    with pytest.raises(ValueError, match="bc_loss"):
-        policies.check_policy(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("decoding", ["deploy", "greedy"])
-def test_the_ode_has_no_density(policy_pair, decoding):
-    policy = policy_pair["pi05"]
-    images, texts = policy_batch(2)
-    decision = policy.act(images, texts, None, decoding, policy_generator())
-    logp, entropy, _ = policy.evaluate(images, texts, decision.trace)
-    assert not decision.logp.any() and not logp.any() and not entropy.any()
-    _, kv, valid = policy.observe(images, texts, None, None)
-    x = torch.randn(2, 1, 8, 8, generator=policy_generator())
-    for i in range(4):
-        x = (
-            x
-            - policy.velocity(x, torch.full((2, 1), 1 - i / 4), kv, valid)[0] / 4
-        )
-    policy_near(decision.actions, policy.unnormalize(x[:, 0])[:, :4], 5e-5)
-
-
-@policy_both
-def test_features_stand_for_images(policy_pair, name):
-    policy = policy_pair[name]
-    images, texts = policy_batch(3)
-    features = policy.encode_images(images)
-    a = policy.act(images, texts, generator=policy_generator())
-    b = policy.act(features, texts, generator=policy_generator())
-    assert torch.equal(a.actions, b.actions) and torch.equal(a.logp, b.logp)
-    seen = policy.evaluate(images, texts, a.trace)
-    cached = policy.evaluate(features, texts, a.trace)
-    assert all(torch.equal(x, y) for x, y in zip(seen, cached))
-
-
-@policy_both
 @pytest.mark.parametrize("freeze", ["none", "vision", "vlm"])
+@pytest.mark.parametrize("name", ["pi05"])
 def test_freezing(policy_saved, name, freeze):
-    if (name, freeze) == ("openvla", "vlm"):
-        with pytest.raises(ValueError, match="nothing to train but the heads"):
-            policies.load_policy(policy_saved, freeze=freeze)
-        return
     policy = policies.load_policy(policy_saved, freeze=freeze)
     assert policy.vision_frozen == (freeze != "none")
-    images, texts = policy_batch(2)
-    decision = policy.act(images, texts)
-    logp, _, value = policy.evaluate(images, texts, decision.trace)
-    (logp.sum() + value.sum()).backward()
     frozen = dict(none=(), vision=policy.vision, vlm=policy.vlm)[freeze]
     for key, p in policy.named_parameters():
         assert p.requires_grad != key.startswith(frozen)
-        assert p.grad is None or p.requires_grad
-        assert p.grad is not None or not key.startswith("value_head.")
-
-
-def test_pi05_cameras(policy_pair):
-    """Cameras missing everywhere are not even run; a camera missing in a row does not matter."""
-    policy = policy_pair["pi05"]
-    images, texts = policy_batch(3)
-    three = np.stack([images, policy_batch(3, 1)[0], policy_batch(3, 2)[0]], 1)
-    mask = torch.tensor([[True, False, False]] * 3)
-    sizes = []
-    hook = policy.vision_tower.register_forward_pre_hook(
-        lambda _, x: sizes.append(len(x[0]))
-    )
-    one = policy.act(images, texts, generator=policy_generator())
-    masked = policy.act(
-        three, texts, generator=policy_generator(), camera_mask=mask
-    )
-    hook.remove()
-    assert sizes == [3, 3] and torch.equal(one.actions, masked.actions)
-    mask[1:, 1] = True
-    both = policy.act(
-        three, texts, generator=policy_generator(), camera_mask=mask
-    )
-    policy_near(both.actions[0], one.actions[0], 5e-5)
-    assert (
-        both.value[1] - one.value[1]
-    ).abs() > 1e-5, "a second camera must matter"
-    logp, _, _ = policy.evaluate(three, texts, both.trace, camera_mask=mask)
-    policy_near(logp, both.logp, 1e-4)
+    policies.check_policy(policy)  # some gradient flows
 
 
 @policy_both
 def test_bf16_is_autocast_over_float32(policy_saved, name):
     policy = policies.load_policy(policy_saved, dtype="bf16")
-    images, texts = policy_batch(4)
-    decision = policy.act(images, texts, generator=policy_generator())
-    scores = policy.evaluate(images, texts, decision.trace)
-    assert all(p.dtype == torch.float32 for p in policy.parameters())
-    assert all(
-        x.dtype == torch.float32 for x in (*scores, decision.logp, decision.value)
-    )
-    (scores[0].mean() + scores[2].mean()).backward()
-    reference = policies.load_policy(policy_saved).evaluate(
-        images, texts, decision.trace
-    )
+    seen, decision = policy_decide(policy, 4)
+    scores = policy.evaluate(*seen, decision.trace)
+    dtypes = {x.dtype for x in (*scores, *decision[:3], *policy.parameters())}
+    assert dtypes == {torch.float32}
+    reference = policies.load_policy(policy_saved).evaluate(*seen, decision.trace)
     assert 0 < (scores[0] - reference[0]).abs().max() < 0.5
-    assert (scores[2] - reference[2]).abs().max() < 0.1
 
 
 @policy_both
 def test_gradient_checkpointing_changes_no_gradient(policy_saved, name):
-    images, texts = policy_batch(3)
     grads = []
     for on in (False, True):
         policy = policies.load_policy(policy_saved, gradient_checkpointing=on)
-        trace = policy.act(images, texts, generator=policy_generator()).trace
-        sum(policy.evaluate(images, texts, trace)).mean().backward()
-        grads.append({key: p.grad for key, p in policy.named_parameters()})
-    for key, grad in grads[0].items():
-        assert (grad is None) == (grads[1][key] is None)
-        if grad is not None:
-            policy_near(grad, grads[1][key], 5e-5)
+        seen, decision = policy_decide(policy, 3)
+        sum(policy.evaluate(*seen, decision.trace)).mean().backward()
+        grads.append([p.grad for p in policy.parameters() if p.grad is not None])
+    for expected, found in zip(*grads, strict=True):
+        policy_near(found, expected, 5e-5)
 
 
 @policy_both
-def test_statistics(tmp_path, name):
+def test_statistics(name):
+    """Narrow ranges are widened; unnormalize undoes normalize."""
     policy = policies.make_tiny(name)
     low = [-0.1, -0.2, -0.3, 0.0, -0.1, -0.1, 1.0]
     high = [
@@ -2847,115 +2488,96 @@ def test_statistics(tmp_path, name):
         1.0,
     ]  # one rotation and the gripper never moved
     policy.set_statistics("lab", {"action": dict(q01=low, q99=high)})
-    assert policy.stats["action"]["q01"] == pytest.approx(
-        low[:3] + [-5e-4, -0.1, -0.1, 0.9995]
-    )
-    policy.save(tmp_path / name)
-    assert policies.load_policy(tmp_path / name).statistics == policy.statistics
-    with pytest.raises(ValueError, match="7 finite"):
-        policy.set_statistics("lab", {"action": dict(q01=low[:6], q99=high[:6])})
-
-
-def test_tiny_tokenizers_have_the_official_structure(policy_pair):
-    policy = policy_pair["openvla"]
-    ids, mask = policy.prompt(["Open the DRAWER", "zap qux 42"])
-    vocab = policy.tokenizer.get_vocab()
-    assert (ids[:, 0] == policy.bos).all() and (ids[:, -1] == vocab["▁"]).all()
-    assert vocab["<s>"] == policy.bos and vocab["</s>"] == policy.eos
-    assert vocab[chr(0xE000)] == policy.vocab - 256 and len(vocab) == policy.vocab
-    assert vocab["<unk>"] not in ids[mask]
-
-
-def test_center_crop_is_skipped_in_training_mode(policy_pair):
-    policy = policies.make_tiny("openvla", center_crop=True)
-    images, _ = policy_batch(2, pixels=80)
-    small = policies.center_crop_90(policies.resize_lanczos3(images, 64), 64)
-    plain = policy_pair["openvla"]
-    images = torch.from_numpy(images)
-    assert torch.equal(
-        policy.pixels(images), plain.pixels(torch.from_numpy(small))
-    )
-    policy.train()
-    assert torch.equal(policy.pixels(images), plain.pixels(images))
-
-
-def test_state_in_the_prompt():
-    policy = policies.make_tiny("pi05", discrete_state=True)
-    reach = dict(q01=[-1] * 7, q99=[1] * 7)
-    policy.set_statistics(
-        "lab", dict(action=reach, state=dict(q01=[-1] * 8, q99=[1] * 8))
-    )
-    policies.check_policy(policy)
-    images, texts = policy_batch(2)
-    state = np.zeros((2, 8), np.float32)
-    assert (
-        policy.value(images, texts, state)
-        != policy.value(images, texts, state + 0.5)
-    ).all()
-    with pytest.raises(ValueError, match="state: got None"):
-        policy.act(images, texts)
+    widened = low[:3] + [-5e-4, -0.1, -0.1, 0.9995]
+    assert policy.stats["action"]["q01"] == pytest.approx(widened)
+    actions = policy_actions(4, 1)[:, 0]
+    policy_near(policy.unnormalize(policy.normalize(actions)), actions, 5e-5)
 
 
 @policy_both
 @pytest.mark.parametrize("rank", [0, 4])
 def test_saving_and_loading_change_nothing(policy_saved, tmp_path, name, rank):
-    settings = (
-        dict(temperature=0.7) if name == "openvla" else dict(sampler="flow_sde")
-    )
-    policy = policies.load_policy(policy_saved, lora_rank=rank, **settings)
+    settings = dict(openvla=dict(temperature=0.7), pi05=dict(sampler="flow_sde"))
+    policy = policies.load_policy(policy_saved, lora_rank=rank, **settings[name])
     for p in policy.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=policy_generator(2))
     policy.save(tmp_path / "b")
     again = policies.load_policy(tmp_path / "b")
-    assert policy_same(policy, again) and policy_trainable(
-        policy
-    ) == policy_trainable(again)
+    assert policy_same(policy, again)
     assert again.settings == json.loads(json.dumps(policy.settings))
-    images, texts = policy_batch(3)
-    a = policy.act(images, texts, generator=policy_generator())
-    b = again.act(images, texts, generator=policy_generator())
-    assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3]))
-    again.save(tmp_path / "b")  # over itself
+    assert again.statistics == policy.statistics
     keys = load_file(tmp_path / "b/model.safetensors").keys()
     assert not any("value_head" in key or "lora" in key for key in keys)
 
 
 @policy_both
 def test_lora_merged_and_apart_agree(policy_saved, tmp_path, name):
-    images, texts = policy_batch(3)
     base = policies.load_policy(policy_saved)
     policy = policies.load_policy(policy_saved, lora_rank=4)
-    trace = base.act(images, texts, generator=policy_generator()).trace
-    start = policy.evaluate(images, texts, trace)[0]
-    assert torch.equal(
-        start, base.evaluate(images, texts, trace)[0]
-    ), "B starts at 0"
+    seen, decision = policy_decide(base, 3)
+
+    def logp(policy):
+        return policy.evaluate(*seen, decision.trace)[0]
+
+    start = logp(policy)
+    assert torch.equal(start, logp(base)), "B starts at 0"
     for layer in policies.lora_modules(policy).values():
         layer.lora_B.weight.data.normal_(std=0.05, generator=policy_generator())
-    apart = policy.evaluate(images, texts, trace)[0]
+    apart = logp(policy)
     assert (apart - start).abs().max() > 1e-3
     adapter = tmp_path / "adapter"
     policies.save_lora(policy, adapter, base=f"../{name}")
-    keys = {
-        key.split(".lora_")[0]
-        for key in load_file(adapter / "adapter_model.safetensors")
-    }
-    official = policies.official_tensors(base)
-    assert {
-        key.removeprefix("base_model.model.") + ".weight" for key in keys
-    } <= set(official)
     policies.merge_lora(policy)
     merged = policies.load_policy(adapter, merge=True)
     assert policy_same(policy, merged)
-    policy_near(merged.evaluate(images, texts, trace)[0], apart, 1e-4)
+    policy_near(logp(merged), apart, 1e-4)
     named = policies.load_policy(policy_saved, adapter=adapter)
-    policy_near(named.evaluate(images, texts, trace)[0], apart, 5e-5)
-    config = policies.read_json(adapter / "adapter_config.json")
-    policies.write_json(
-        adapter / "adapter_config.json", dict(config, use_rslora=True)
-    )
-    with pytest.raises(ValueError, match="use_rslora"):
-        policies.load_policy(adapter)
+    policy_near(logp(named), apart, 5e-5)
+
+
+@policy_both
+def test_all_wrong_inputs_are_listed(policy_pair, name):
+    policy = policy_pair[name]
+    images, texts = policy_batch(2)
+    actions = policy_actions(2, policy.horizon)
+    actions[1, 0, 2] = math.nan
+    with pytest.raises(ValueError) as caught:
+        policy.bc_loss(images[..., :1], ["", "b"], actions)
+    lines = str(caught.value).splitlines()
+    topics = [line.split(":")[0] for line in lines]
+    assert topics == ["images", "instructions", "actions"]
+    assert all(word in line for line in lines for word in ("got", "need", "try"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(name="x"),
+        dict(dtype="fp16"),
+        dict(freeze="head"),
+        dict(name="openvla", freeze="vlm"),
+        dict(chunk=9),
+        dict(sampler="ode"),
+    ],
+)
+def test_refusals_of_loading(options):
+    with pytest.raises(ValueError) as caught:
+        policies.load_policy(**{"name": "pi05", **options})
+    for word in ("got", "need", "try", *options.values()):
+        assert str(word) in str(caught.value)
+
+
+def test_missing_cameras_do_not_matter(policy_pair):
+    policy = policy_pair["pi05"]
+    (_, texts), one = policy_decide(policy, 3)
+    three = np.stack([policy_batch(3, seed)[0] for seed in range(3)], 1)
+    mask = torch.tensor([[True, False, False]] * 3)
+    mask[1:, 1] = True
+    seen = dict(images=three, instructions=texts, camera_mask=mask)
+    both = policy.act(**seen, generator=policy_generator())
+    policy_near(both.actions[0], one.actions[0], 5e-5)
+    assert (both.value - one.value).abs()[1] > 1e-5, "a second camera must matter"
+    policy_near(policy.evaluate(**seen, trace=both.trace)[0], both.logp, 1e-4)
 
 
 def test_foreign_tensors_load_and_wrong_tensors_are_all_listed(tmp_path):
@@ -2974,46 +2596,6 @@ def test_foreign_tensors_load_and_wrong_tensors_are_all_listed(tmp_path):
         policies.load_policy(tmp_path)
     for key in ("projector.fc1.bias", "projector.fc9.bias", "projector.fc2.bias"):
         assert key in str(caught.value)
-
-
-def test_saved_folders_pass_on_official_files(tmp_path, policy_openvla_a):
-    policy_openvla_a[0].save(tmp_path)
-    for name in ("preprocessor_config.json", "generation_config.json"):
-        official = REFERENCE / "openvla_a" / name
-        assert (tmp_path / name).read_bytes() == official.read_bytes()
-
-
-@policy_both
-def test_all_wrong_inputs_are_listed(policy_pair, name):
-    policy = policy_pair[name]
-    images, texts = policy_batch(2)
-    actions = policy_actions(2, policy.horizon)
-    actions[1, 0, 2] = math.nan
-    with pytest.raises(ValueError) as caught:
-        policy.bc_loss(images[..., :1], ["", "b"], actions)
-    lines = str(caught.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "images",
-        "instructions",
-        "actions",
-    ]
-    assert all(word in line for line in lines for word in ("got", "need", "try"))
-
-
-def test_errors_of_loading():
-    for options in (
-        dict(name="x"),
-        dict(dtype="fp16"),
-        dict(freeze="head"),
-        dict(chunk=9),
-    ):
-        with pytest.raises(ValueError) as caught:
-            policies.load_policy(**{"name": "pi05", **options})
-        [value] = options.values()
-        assert all(
-            word in str(caught.value)
-            for word in ("got", "need", "try", str(value))
-        )
 
 
 @pytest.mark.parametrize(
@@ -3306,26 +2888,9 @@ def check_evaluate_noise():
         assert torch.equal(noise, torch.rand(4, 1, 1, generator=generator))
 
 
-def check_evaluate_frames():
-    """An image for each control step, and the last; a chunk repeats the one it started from."""
-    episodes, _ = evaluate_toy(4, EvaluateStub(chunk=2), frames=9)
-    shades = []
-    for episode in episodes:
-        shades.append([int(image[0, 0, 0]) for image in episode["frames"]])
-    assert shades == [
-        [0, 1],
-        [10, 10, 12],
-        [20, 20, 22, 23],
-        [30, 31],
-    ]
-    episodes, _ = evaluate_toy(12, EvaluateStub(), frames=1)
-    kept = [episode["episode"] for episode in episodes if "frames" in episode]
-    assert kept == [0, 1, 4, 5, 8, 9]                   # one success and one failure of each block
-
-
-@pytest.mark.parametrize("name", ["episodes", "noise", "frames"])
-def test_evaluate_contract(name):
-    globals()[f"check_evaluate_{name}"]()
+@pytest.mark.parametrize("check", [check_evaluate_episodes, check_evaluate_noise])
+def test_evaluate_contract(check):
+    check()
 
 
 def test_evaluate_blocks_run_in_any_order():
@@ -3355,7 +2920,8 @@ def test_evaluate_expert_succeeds_as_in_run_expert(task, domain):
         executed, _ = expert.act()
         rows = []
         for image in images:
-            rows.append(np.flatnonzero((env.images == image).all((1, 2, 3)))[0])
+            same = (env.images == image).all((1, 2, 3))
+            rows.append(np.flatnonzero(same)[0])
         return types.SimpleNamespace(actions=torch.as_tensor(executed[rows, None]))
 
     stub.act = act
@@ -3364,6 +2930,48 @@ def test_evaluate_expert_succeeds_as_in_run_expert(task, domain):
     assert [episode["success"] for episode in episodes] == success.tolist()
     assert [episode["steps"] for episode in episodes] == length.tolist()
     assert success.sum() >= 5
+
+
+def test_evaluate_decoding_state_and_ablations_reach_the_policy():
+    stub = EvaluateStub(reads_state=True)
+    evaluate_toy(2, stub, decoding="greedy")
+    assert stub.calls[0].decoding == "greedy"
+    assert stub.calls[0].state.shape == (2, 8)
+    stub = EvaluateStub()
+    evaluate_toy(2, stub, ablation="shuffled-instruction")
+    assert stub.calls[0].state is None
+    assert stub.calls[0].instructions == ["wrong", "wrong"]
+    stub = EvaluateStub()
+    evaluate_toy(3, stub, ablation="blank-image")
+    assert all((call.images == 128).all() for call in stub.calls)
+
+
+def test_evaluate_success_rates_of_two_ranks_are_those_of_one(monkeypatch, capsys):
+    monkeypatch.setattr(envs, "make_env", lambda *_, **__: EvaluateToy())
+    monkeypatch.setattr(evaluate, "BLOCK", EvaluateToy.num_envs)
+    settings = (EvaluateStub(), ["push-cube"], ["real"], 14)
+    alone = evaluate.success_rates(*settings)
+    assert "50.0%   n 14, 95 % interval 26.8% - 73.2%" in capsys.readouterr().out
+    assert list(alone) == ["stand-in/push-cube"]
+    shares = []
+
+    def gather(parts, own):
+        shares.append(own)
+        parts[:] = [own, shares[0]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    evaluate.success_rates(*settings, rank=0, world=2)
+    capsys.readouterr()
+    assert evaluate.success_rates(*settings, rank=1, world=2) == alone
+    assert [len(share) for share in shares] == [8, 6]
+    assert not capsys.readouterr().out                  # rank 0 alone prints
+
+
+def test_evaluate_errors_list_all_offenders():
+    with pytest.raises(ValueError, match="blocks: .*\ndecoding: .*\nablation: "):
+        evaluate_toy(4, EvaluateStub(), blocks=[2], decoding="x", ablation="y")
+    with pytest.raises(ValueError, match="need the same scenes"):
+        evaluate.compare(evaluate_outcomes("11"), evaluate_outcomes("111"))
 
 
 def test_evaluate_scenes_are_those_of_the_environment():
@@ -3375,54 +2983,6 @@ def test_evaluate_scenes_are_those_of_the_environment():
     obs = env.reset()
     assert np.array_equal(stub.calls[0].images, obs["images"])
     assert stub.calls[0].instructions == list(obs["instructions"])
-
-
-def test_evaluate_decoding_state_and_ablations_reach_the_policy():
-    stub = EvaluateStub(reads_state=True)
-    evaluate_toy(2, stub, decoding="greedy")
-    assert stub.calls[0].decoding == "greedy"
-    assert stub.calls[0].state.shape == (2, 8)
-    stub = EvaluateStub()
-    episodes, _ = evaluate_toy(2, stub, ablation="shuffled-instruction")
-    assert stub.calls[0].state is None
-    assert stub.calls[0].instructions == ["wrong", "wrong"]
-    assert episodes[0]["instruction"] == "wrong"
-    stub = EvaluateStub()
-    episodes, _ = evaluate_toy(3, stub, ablation="blank-image", frames=3)
-    assert all((call.images == 128).all() for call in stub.calls)
-    assert all((np.array(episode["frames"]) == 128).all() for episode in episodes)
-
-
-def test_evaluate_success_rates_of_two_ranks_are_those_of_one(monkeypatch, capsys):
-    monkeypatch.setattr(envs, "make_env", lambda *_, **__: EvaluateToy())
-    monkeypatch.setattr(evaluate, "BLOCK", EvaluateToy.num_envs)
-    options = dict(tasks=["push-cube"], episodes=14)
-    alone = evaluate.success_rates(EvaluateStub(), domains=["sim", "real"], label="old", **options)
-    line = capsys.readouterr().out.splitlines()[0]
-    assert "old" in line and "50.0%   n 14, 95 % interval 26.8% - 73.2%" in line
-    assert list(alone) == ["sim/push-cube", "stand-in/push-cube"]
-    shares = []
-
-    def gather(parts, own):
-        shares.append(own)
-        parts[:] = [own, shares[0] if len(shares) > 1 else []]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    for rank in (0, 1):
-        options.update(domains=["sim"], rank=rank, world=2)
-        both = evaluate.success_rates(EvaluateStub(), **options)
-    assert both["sim/push-cube"] == alone["sim/push-cube"]
-    assert [len(share) for share in shares] == [8, 6]
-    assert len(capsys.readouterr().out.splitlines()) == 1          # rank 0 alone prints
-
-
-def test_evaluate_errors_list_all_offenders():
-    with pytest.raises(ValueError, match="blocks: .*\ndecoding: .*\nablation: "):
-        evaluate_toy(4, EvaluateStub(), blocks=[2], decoding="x", ablation="y")
-    with pytest.raises(ValueError, match="need the same scenes"):
-        evaluate.compare(evaluate_outcomes("11"), evaluate_outcomes("111"))
-    with pytest.raises(ValueError, match="no episodes"):
-        evaluate.summary([])
 
 
 def test_own_policy_environment_and_data_pass_the_checks_and_train():
@@ -3453,7 +3013,7 @@ def test_grpo_is_another_advantage(monkeypatch):
 
 
 def test_a_fifth_task_trains_with_the_state_critic(tmp_path):
-    """One class and one registration: the demonstrator, the rollout and the critic need nothing else."""
+    """One class and one registration: demonstrator, rollout and critic need nothing else."""
     envs.register(TouchCube())
     try:
         [demonstration] = real_data.record("touch-cube", "sim", 0, 64, 1, 0)
@@ -3553,7 +3113,7 @@ def test_pretrain_records_scenes_with_their_labels():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, theory", [("openvla", None), ("pi05", 1.3)])
 def test_stage_one_starts_at_theory_and_overfits(name, theory, tmp_path):
-    """ln(vocabulary) at first for tokens, E u^2 = 1 + E a^2 for flow; far below after a few steps."""
+    """At first ln(vocabulary) for tokens, E u^2 = 1 + E a^2 for flow; soon far below."""
     options = stage_options(tmp_path / "run", name, steps=60, augment="none", batch=16, lr=2e-3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft_warmstart, "LOG_EVERY", 1)
@@ -3687,11 +3247,14 @@ with sft_warmstart.process_group():
     rank, world = sft_warmstart.rank(), sft_warmstart.world()
     whole = stages.stage_rollout(policy, 8)
     rows = torch.arange(rank, 8, world)
-    rollout = rl_cotrain.Rollout(rl_cotrain.select(whole.inputs, rows), whole.logp[rows], whole.values[:, rows],
-        None, whole.rewards[:, rows], None, None, rl_cotrain.normalise(whole.advantages[:, rows]), whole.returns[:, rows])
+    rollout = rl_cotrain.Rollout(
+        rl_cotrain.select(whole.inputs, rows), whole.logp[rows], whole.values[:, rows], None,
+        whole.rewards[:, rows], None, None, rl_cotrain.normalise(whole.advantages[:, rows]),
+        whole.returns[:, rows])
     batch = stages.stage_batch(policy, [0] * 6)
     batch = {key: value[rank::world] for key, value in batch.items()}
-    args = stages.stage_args(sys.argv[3] + f"/run{world}", critic="head", minibatch=8, epochs=1, iterations=1)
+    out = sys.argv[3] + f"/run{world}"
+    args = stages.stage_args(out, critic="head", minibatch=8, epochs=1, iterations=1)
     args.sft.augment = "none"
     gradients = stages.stage_captured(policy, rollout, stages.StageOnce(batch), args)
     if rank == 0:
@@ -3824,19 +3387,7 @@ def test_envs_demo(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("[") == 8 and "control steps/s" in run.stdout
-    assert imageio.imread(tmp_path / "contact-sheet.png").shape == (448, 8 * 224, 3)
     assert len(list(tmp_path.glob("*.mp4"))) == 8
-
-
-@pytest.mark.slow
-def test_policies_demo():
-    run = subprocess.run(
-        [sys.executable, policies.__file__], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert (
-        run.stdout.count("samples/s") == 6 and run.stdout.count("parameters") == 2
-    )
 
 
 @pytest.mark.slow
@@ -3859,46 +3410,26 @@ def test_make_and_card_from_the_command_line(tmp_path, monkeypatch):
     assert again.returncode == 1 and again.stderr.startswith("error: out: got set, which exists")
 
 
-def test_evaluate_videos_and_contact_sheet(tmp_path):
-    rng = np.random.default_rng(0)
-    episodes = evaluate_outcomes("101")
-    for episode in episodes[:2]:
-        episode["frames"] = list(rng.integers(0, 255, (6, 64, 64, 3), np.uint8))
-    paths = evaluate.write_videos(episodes, tmp_path / "videos")
-    assert [path.name for path in paths] == ["00000-success.mp4", "00001-failure.mp4"]
-    for path, colour in zip(paths, (evaluate.GREEN, evaluate.RED)):
-        images = imageio.mimread(path, memtest=False)
-        assert len(images) == 5 + envs.CONTROL_HZ
-        assert np.abs(images[-1][2].mean(0) - colour).max() < 25
-        assert np.abs(images[0][2].mean(0) - colour).max() > 25
-    evaluate.contact_sheet(episodes, tmp_path / "sheet.png")
-    sheet = imageio.imread(tmp_path / "sheet.png")          # 2 episodes, 3 images each
-    assert sheet.shape == (512, 768, 3)
-    assert tuple(sheet[-1, -1]) == evaluate.RED
-    last = episodes[0]["frames"][-1]
-    assert np.array_equal(sheet[8:248:4, 520:760:4], last[2:62, 2:62])
-
-
 def test_evaluate_tables_and_comparisons(tmp_path, monkeypatch, capsys):
     outcomes = dict(a="1" + 11 * "0", b="0" + 9 * "1" + "00")
     results = {}
-    for checkpoint, task, domain in itertools.product("ab", envs.TASKS, ("sim", "real")):
-        cell = evaluate.Cell(checkpoint, task, domain, "seen")
+    for checkpoint, domain in itertools.product("ab", ("sim", "real")):
+        cell = evaluate.Cell(checkpoint, "open-drawer", domain, "seen")
         results[cell] = evaluate_outcomes(outcomes[checkpoint])
     monkeypatch.setattr(evaluate, "find_policy", str)
     monkeypatch.setattr(evaluate, "run", lambda args: results)
-    evaluate.main(f"--checkpoint a b --task all --out {tmp_path}".split())
+    evaluate.main(f"--checkpoint a b --out {tmp_path}".split())
     got = json.loads((tmp_path / "result.json").read_text())
-    assert len(got["cells"]) == 2 * len(got["comparisons"]) == len(results)
+    assert len(got["cells"]) == 4
     assert got["cells"][1]["domain"] == "stand-in"
     assert got["cells"][1]["episodes"] == evaluate_outcomes(outcomes["a"])
-    assert got["comparisons"][0]["first"] == "a"
-    assert got["comparisons"][0]["second"] == "b"
+    pairs = [(row["first"], row["second"]) for row in got["comparisons"]]
+    assert pairs == [("a", "b"), ("a", "b")]
     text = capsys.readouterr().out
-    assert "75.0%" in text and "+66.7%" in text and "0.021" in text
-    lines = evaluate.table(got["cells"]).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert imageio.imread(tmp_path / "success.png").std() > 10
+    for number in ("75.0%", "+66.7%", "0.021"):
+        assert number in text
+    with pytest.raises(SystemExit, match="another command"):
+        evaluate.main(f"--checkpoint a --out {tmp_path}".split())
 
 
 @pytest.mark.slow
@@ -3916,74 +3447,35 @@ def test_evaluate_command_gives_the_rates_of_the_training_stages(tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_ctrl_c_ends_all_processes(tmp_path):
-    command = f"{sys.executable} {HERE}/evaluate.py --checkpoint pi05 --workers 2 --out {tmp_path}"
+    command = f"{HERE}/evaluate.py --checkpoint pi05 --workers 2 --out {tmp_path}"
     child = subprocess.Popen(
-        command.split(),
+        [sys.executable, *command.split()],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     child.stderr.read(5)                            # the progress bar has appeared
     os.killpg(child.pid, signal.SIGINT)
-    error = child.communicate(timeout=60)[1]        # returns when no process holds stderr any more
+    error = child.communicate(timeout=60)[1]        # returns when no process holds it any more
     assert child.returncode == 130
     assert "interrupted" in error and "Traceback" not in error
     assert not (tmp_path / "result.json").exists()
 
 
-def test_evaluate_parse(tmp_path, capsys):
-    run = tmp_path / "run"
-    (run / "policy").mkdir(parents=True)
-    args = evaluate.parse(f"--checkpoint {run} --task all --variants all".split())
+def test_evaluate_parse(tmp_path):
+    (tmp_path / "policy").mkdir()
+    args = evaluate.parse(f"--checkpoint {tmp_path} --task all --variants all".split())
     assert args.tasks == list(envs.TASKS)
     assert args.variants == list(envs.VARIANTS)
     assert args.domains == ["sim", "real"]
-    assert args.checkpoint == [str(run / "policy")]
-    assert str(run / "policy") in capsys.readouterr().out
-    assert args.out == "runs/eval-run-all"
+    assert args.checkpoint == [str(tmp_path / "policy")]
     numbers = "--episodes 0 --workers -1 --videos -1 --seed -1"
     with pytest.raises(ValueError) as caught:
         evaluate.parse(f"--checkpoint /nowhere --curves /none {numbers}".split())
     lines = str(caught.value).splitlines()
     assert len(lines) == 7
-    assert "--checkpoint --episodes --workers --seed --videos" in lines[0]
     for line in lines:
         assert re.search(": got .*; need .*; try ", line)
-    with pytest.raises(ValueError, match="--checkpoint, --curves: got neither"):
-        evaluate.parse([])
-
-
-def test_evaluate_out_is_checked_first(tmp_path):
-    args = types.SimpleNamespace(out=str(tmp_path), checkpoint=["openvla"])
-    (tmp_path / "result.json").write_text('{"command": "one"}')
-    evaluate.claim(args, "one")
-    with pytest.raises(ValueError, match="another command"):
-        evaluate.claim(args, "two")
-    args.out = str(tmp_path / "result.json" / "inside")
-    with pytest.raises(ValueError, match="can be written"):
-        evaluate.claim(args, "one")
-
-
-def test_evaluate_curves(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    rows = [dict(step=k, success=k / 4, act_s=1.0) for k in range(3)]
-    rows[2]["held_out/real"] = 0.3
-    files = []
-    for name, some in dict(a=rows, b=rows[:2]).items():
-        file = tmp_path / name / "metrics.jsonl"
-        file.parent.mkdir()
-        file.write_text("".join(json.dumps(row) + "\n" for row in some))
-        files.append(str(file))
-    evaluate.main(f"--out {tmp_path} --curves {' '.join(files)}".split())
-    success, held_out = figures[0].axes
-    assert success.get_title() == "success"
-    assert held_out.get_title() == "held_out/real"
-    a, b = success.lines
-    assert list(a.get_ydata()) == [0, 0.25, 0.5]
-    assert list(b.get_ydata()) == [0, 0.25]
-    assert b.get_label() == str(tmp_path / "b")
 
 
 def test_first_ratio_is_one_or_the_run_stops():
@@ -4083,7 +3575,7 @@ def test_presets_follow_policy_and_task(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_main_job_small(tmp_path, capsys, monkeypatch):
-    """Demonstrations, Stage I, Stage II, evaluation, table, curves, videos; another task finds Stage I."""
+    """All parts of the main job, at a small size; another task finds Stage I."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sft_warmstart.PRESETS["pi05-tiny"], "steps", 2)
     few = functools.partial(sft_warmstart.Options, sim_episodes=2)
@@ -4141,7 +3633,10 @@ def test_an_error_in_a_rank_is_one_line(tmp_path):
     )
     said = run.stderr.read()
     assert run.wait(90) == 1 and "Traceback" not in said
-    assert sum(line.startswith("error: data set: got /nothing/here") for line in said.splitlines()) == 1
+    assert (
+        sum(line.startswith("error: data set: got /nothing/here") for line in said.splitlines())
+        == 1
+    )
 
 
 @pytest.mark.parametrize("name", ARCH_FILES)
@@ -4203,14 +3698,8 @@ MUTANTS += [
         envs, envs.VecEnv, "advance", "clip(self.target[ids]", "clip(self.tcp[ids]",
         check_env_targets),
     Mutant(
-        envs, envs.VecEnv, "advance", "action[:, 6:] + 1", "1 - action[:, 6:]",
-        check_env_targets),
-    Mutant(
         envs, envs.VecEnv, "advance", "block + 1 - self.latency", "block + 1 + 0 * self.latency",
         check_env_latency),
-    Mutant(
-        envs, envs.VecEnv, "observe", "= self.images[ids]", "= self.images",
-        check_env_fresh),
     Mutant(
         envs, envs.VecEnv, "arrange", "self.domain), self.episode[i]]", "self.domain), i]",
         check_env_same_episode),
@@ -4224,77 +3713,56 @@ MUTANTS += [
         envs, envs.VecEnv, "step", " | self.diverged", "",
         check_env_diverged),
     Mutant(
-        envs, envs.PickPlace, "measure", "(0 < height) & ", "",
-        check_env_success),
-    Mutant(
         envs, envs.PickPlace, "measure", " & (height < self.HEIGHT)", "",
         check_env_success),
-    Mutant(
-        envs, envs.PushCube, "measure", "> self.WRONG", "> 10",
-        check_env_wrong_cube),
     Mutant(
         envs, envs.PushCube, "place", "colours[sampled.named]", "colours[0]",
         check_env_instruction)]
 
 
-def check_policy_agreement_openvla():
-    check_policy_agreement("openvla")
-
-
-def check_policy_agreement_pi05():
-    check_policy_agreement("pi05")
-
-
-POLICY_MUTANTS = [  # check, (method, old text, new text), ..
+POLICY_MUTANTS = [
+    (policies.Pi05, "transition", "x - t * v", "x + t * v", check_policy_chain),
+    (policies.Pi05, "chain_logp", " - std.log()", "", check_policy_chain),
     (
+        policies.Pi05,
+        "chain_logp",
+        "x.shape[1] + 1",
+        "x.shape[1]",
         check_policy_chain,
-        (policies.Pi05, "transition", "x - t * v", "x + t * v"),
-        (policies.Pi05, "transition", "(log_variance / 2)", "log_variance"),
-        (policies.Pi05, "chain_logp", " - std.log()", ""),
-        (policies.Pi05, "chain_logp", "x.shape[1] + 1", "x.shape[1]"),
-        (policies.Pi05, "chain_logp", "slice(ACTION_DIM)", "slice(None)"),
     ),
-    (check_policy_sde, (policies.Pi05, "transition", "/ (2 * t)", "/ t")),
+    (policies.Pi05, "transition", "/ (2 * t)", "/ t", check_policy_sde),
+    (policies.Pi05, "time_embedding", "4e-3", "4e-2", check_policy_openpi),
     (
-        check_policy_time,
-        (
-            policies.Pi05,
-            "time_embedding",
-            ".sin(), angle.cos()",
-            ".cos(), angle.sin()",
-        ),
-    ),
-    (
+        policies.Pi05,
+        "velocity",
+        "valid.sum(1, keepdim=True)",
+        "valid.shape[1] + 0 * valid[:, :1]",
         check_policy_agreement_pi05,
-        (
-            policies.Pi05,
-            "velocity",
-            "valid.sum(1, keepdim=True)",
-            "valid.shape[1] + 0 * valid[:, :1]",
-        ),
-        (policies.Pi05, "observe", " * valid[..., None]", ""),
     ),
     (
+        policies.OpenVLA,
+        "hidden",
+        "causal & valid[:, None, None]",
+        "causal[None, None]",
         check_policy_agreement_openvla,
-        (
-            policies.OpenVLA,
-            "hidden",
-            "causal & valid[:, None, None]",
-            "causal[None, None]",
-        ),
-        (policies.OpenVLA, "evaluate", "tokens[:, :-1]", "tokens[:, 1:]"),
-        (policies.OpenVLA, "act", "keepdim=True) - 1", "keepdim=True)"),
     ),
     (
-        check_policy_tokens,
-        (policies.OpenVLA, "encode_values", "self.vocab -", "self.vocab - 1 -"),
-        (policies.OpenVLA, "decode_tokens", "- 1)", "- 2)"),
+        policies.OpenVLA,
+        "act",
+        "keepdim=True) - 1",
+        "keepdim=True)",
+        check_policy_agreement_openvla,
     ),
+    (
+        policies.OpenVLA,
+        "encode_values",
+        "self.vocab -",
+        "self.vocab - 1 -",
+        check_policy_tokens,
+    ),
+    (policies.OpenVLA, "decode_tokens", "- 1)", "- 2)", check_policy_tokens),
 ]
-for policy_check, *policy_changes in POLICY_MUTANTS:
-    MUTANTS += [
-        Mutant(policies, *change, policy_check) for change in policy_changes
-    ]
+MUTANTS += [Mutant(policies, *change) for change in POLICY_MUTANTS]
 
 
 DATA_MIX = real_data.MixSampler
@@ -4320,16 +3788,12 @@ MUTANTS += [
 EVALUATE_MUTANTS = [
     ("wilson", "Z**2 / 4", "Z**2 / 2", check_evaluate_wilson),
     ("compare", "min(1.0, 2 *", "min(1.0, 1 *", check_evaluate_mcnemar),
-    ("compare", "range(min(b, c) + 1)", "range(min(b, c))", check_evaluate_mcnemar),
     ("compare", "centre = (c - b) / (n + 2)", "centre = (c - b) / n", check_evaluate_interval),
-    ("compare", "b + c + 1 -", "b + c -", check_evaluate_interval),
     ("summary", 'not episode["touched"]', 'episode["touched"]', check_evaluate_summary),
     ("run_block", "[seed, block]", "seed", check_evaluate_noise),
     ("run_block", "block * env.num_envs", "0 * block", check_evaluate_episodes),
     ("run_block", "if i not in running:", "if False:", check_evaluate_episodes),
     ("run_block", "actions[running] = chunk", "actions[:] = 1", check_evaluate_episodes),
-    ("run_block", 'steps - records[i]["steps"]', "chunk.shape[1]", check_evaluate_frames),
-    ("keep_frames", "outcome[count:]", "outcome[count + 1:]", check_evaluate_frames),
 ]
 for name, old, new, check in EVALUATE_MUTANTS:
     MUTANTS.append(Mutant(evaluate, evaluate, name, old, new, check))
@@ -4360,78 +3824,45 @@ MUTANTS += [
         "samples / 16",
         check_stage_supervised,
     ),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
+]
+for stage_name, stage_old, stage_new, stage_check in (
+    (
         "co_train",
         "(args.lambda_real * loss).backward()",
         "(0 * loss).backward()",
         check_stage_anchor,
     ),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
-        "co_train",
-        "(args.lambda_real * loss).backward()",
-        "loss.backward()",
-        check_stage_anchor,
-    ),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
-        "co_train",
-        "(share * loss).backward()",
-        "loss.backward()",
-        check_stage_anchor,
-    ),
-    Mutant(rl_cotrain, rl_cotrain, "ppo_loss", "-torch.min(", "torch.min(", check_stage_anchor),
-    Mutant(rl_cotrain, rl_cotrain, "ppo_loss", "-torch.min(", "-torch.max(", check_stage_anchor),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
-        "ppo_loss",
-        "torch.max(error",
-        "torch.min(error",
-        check_stage_anchor,
-    ),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
-        "ppo_loss",
-        "- args.entropy_weight",
-        "+ args.entropy_weight",
-        check_stage_anchor,
-    ),
-    Mutant(rl_cotrain, rl_cotrain, "gae", "* ~ended[t] * last", "* last", check_stage_gae),
-    Mutant(rl_cotrain, rl_cotrain, "gae", "gamma * gae_lambda", "gae_lambda", check_stage_gae),
-    Mutant(rl_cotrain, rl_cotrain, "gae", "- values[t]", "+ values[t]", check_stage_gae),
-    Mutant(rl_cotrain, rl_cotrain, "normalise", "- mean", "+ mean", check_stage_normalised),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
+    ("co_train", "(args.lambda_real * loss).backward()", "loss.backward()", check_stage_anchor),
+    ("co_train", "(share * loss).backward()", "loss.backward()", check_stage_anchor),
+    ("ppo_loss", "-torch.min(", "torch.min(", check_stage_anchor),
+    ("ppo_loss", "-torch.min(", "-torch.max(", check_stage_anchor),
+    ("ppo_loss", "torch.max(error", "torch.min(error", check_stage_anchor),
+    ("ppo_loss", "- args.entropy_weight", "+ args.entropy_weight", check_stage_anchor),
+    ("gae", "* ~ended[t] * last", "* last", check_stage_gae),
+    ("gae", "gamma * gae_lambda", "gae_lambda", check_stage_gae),
+    ("gae", "- values[t]", "+ values[t]", check_stage_gae),
+    ("normalise", "- mean", "+ mean", check_stage_normalised),
+    (
         "collect",
         'np.flatnonzero(truncated[info["ended"]])',
         'np.arange(len(info["ended"]))',
         check_stage_bootstrap,
     ),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
+    (
         "stack",
         "torch.where(ended, torch.stack(final_values), following)",
         "following",
         check_stage_bootstrap,
     ),
-    Mutant(
-        rl_cotrain,
-        rl_cotrain,
+    (
         "stack",
         "torch.cat([decision.logp for decision in decisions])",
         "torch.cat([decision.logp - .1 for decision in decisions])",
         check_stage_bootstrap,
     ),
-    Mutant(rl_cotrain, rl_cotrain, "ppo_loss", "-torch.min(", "torch.min(", check_stage_climbs),
-]
+    ("ppo_loss", "-torch.min(", "torch.min(", check_stage_climbs),
+):
+    MUTANTS.append(Mutant(rl_cotrain, rl_cotrain, stage_name, stage_old, stage_new, stage_check))
 
 
 for pretrain_method, pretrain_old, pretrain_new in [
