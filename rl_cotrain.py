@@ -381,7 +381,8 @@ def ppo_loss(logp, entropy, value, old, args):
         + max(h(R - V), h(R - V_old - clip(V - V_old, -c, c)))    h = Huber; with --critic head
         - entropy weight * H
 
-    old: a Minibatch, with logp, values, advantages A and returns R of the rollout.
+    old: a Minibatch, with logp, values, advantages A and returns R of the rollout. With a state
+    critic the value head does not train, and its loss is logged as 0.
     Returns the loss and its detached STATS (5,); kl is E[r - 1 - ln r] (Schulman 2020) in nats.
     """
     log_ratio = logp - old.logp
