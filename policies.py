@@ -236,6 +236,10 @@ class Policy(nn.Module):
             for key in ("q01", "q99")
         ]
 
+    def has_statistics(self):
+        """Return whether one data set's statistics are chosen, or are the only ones."""
+        return self.settings["unnorm_key"] is not None or len(self.statistics) == 1
+
     def set_statistics(self, name, stats):
         """Replace all statistics by those of one data set, in the contract's units.
 

@@ -418,7 +418,7 @@ def normalise(advantage):
 
 def minibatches(rollout, args, iteration):
     """Yield this rank's share of all minibatches; none while only the critic trains."""
-    if iteration < args.critic_warmup:
+    if args.critic == "state" and iteration < args.critic_warmup:
         return
     count = torch.tensor(float(len(rollout.logp)), device=rollout.logp.device)
     pieces = max(1, round(all_sum(count).item() / args.minibatch))

@@ -3243,6 +3243,19 @@ def test_lambda_0_and_alpha_open_only_what_they_need(tmp_path, monkeypatch):
         }
 
 
+def test_stage_two_starts_from_a_base_without_stage_one(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(stage_start("openvla"), base)
+    policy = policies.load_policy(str(base))
+    policy.statistics = {}                  # as in an official base, which knows no such robot
+    policy.save(base)
+    args = stage_args(tmp_path / "run", init="base", lambda_real=0)
+    args.policy = str(base)
+    assert rl_cotrain.main_job(args)
+    trained = policies.load_policy(str(tmp_path / "run/policy"))
+    assert trained.statistics["panda"]["action"]["q99"] == pytest.approx(envs.ACTION_LIMIT)
+
+
 STAGE_RANKS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
