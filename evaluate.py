@@ -639,9 +639,7 @@ def report(args, command, results):
     versions = {package: importlib.metadata.version(package) for package in packages}
     result = dict(command=command, args=vars(args), versions=versions, comparisons=comparisons,
                   cells=rows)
-    part = out / "result.json.part"
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, out / "result.json")
+    policies.write_json(out / "result.json", result)
     print(f"\nwrote {out}/result.json, success.png" + (", videos" if args.videos else ""))
 
 

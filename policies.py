@@ -1476,8 +1476,11 @@ def read_json(path, default=None):
 
 
 def write_json(path, value):
+    """Write a JSON file; a run that is killed leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, default=np.ndarray.tolist))
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, default=np.ndarray.tolist))
+    part.replace(path)
 
 
 def read_safetensors(path):

@@ -54,7 +54,7 @@ import sft_warmstart
 from sft_warmstart import (
     all_sum,
     check_range,
-    copy_gradients,
+    gradients_of,
     flag,
     rank,
     random_seed,
@@ -203,16 +203,17 @@ def co_train(policy, env, real, args, held_out=None):
             logs["explained"] = explained_variance(rollout)
             rollout.advantages = normalise(rollout.advantages)
             updates = []
-            for minibatch in minibatches(rollout, args, state.iteration):
+            for rows, size in minibatches(rollout, args, state.iteration):
                 stats = torch.zeros(len(STATS), device=policy.device)
-                for part in minibatch.split(args.micro_batch):
+                for some in rows.split(args.micro_batch):
+                    part = rollout.select(some)
                     logp, entropy, value = policy.evaluate(**part.inputs)
                     loss, part_stats = ppo_loss(logp, entropy, value, part, args)
-                    share = len(part) / minibatch.size
+                    share = len(some) / size
                     (share * loss).backward()
                     stats += share * part_stats
                 update = dict(zip(STATS, all_sum(stats).tolist()))
-                rl_gradients = copy_gradients(parameters)
+                rl_gradients = [g.clone() for g in gradients_of(parameters)]
                 if real is not None:
                     real_loss = torch.zeros(1, device=policy.device)
                     for loss, _ in sft_warmstart.supervised_losses(policy, next(real), args.sft):
@@ -255,9 +256,7 @@ class Rollout:
     inputs: dict  # of policy.evaluate: images or features, instructions, trace, state
     logp: torch.Tensor  # (T N,) float32, as acted
     values: torch.Tensor  # (T, N) V of the observation that was decided on
-    next_values: (
-        torch.Tensor
-    )  # (T, N) V of what followed, before any reset; 0 after a termination
+    next_values: torch.Tensor  # (T, N) V of what followed before any reset; 0 if it terminated
     rewards: torch.Tensor  # (T, N)
     ended: torch.Tensor  # (T, N) bool, terminated or truncated
     privileged: torch.Tensor  # (T, N, P) simulator's state, or None
@@ -265,8 +264,8 @@ class Rollout:
     returns: torch.Tensor = None  # (T, N) targets of the values
 
     def select(self, rows):
-        """The decisions `rows` (m,) as a Minibatch."""
-        return Minibatch(
+        """The decisions `rows` (m,)."""
+        return Decisions(
             select(self.inputs, rows),
             self.logp[rows],
             self.values.flatten()[rows],
@@ -276,29 +275,14 @@ class Rollout:
 
 
 @dataclasses.dataclass
-class Minibatch:
-    """m decisions of this rank, for one optimizer step."""
+class Decisions:
+    """m decisions of a rollout, for one forward pass."""
 
     inputs: dict  # of policy.evaluate
     logp: torch.Tensor  # (m,) of the rollout
     values: torch.Tensor  # (m,) of the rollout
     advantages: torch.Tensor  # (m,) normalised
     returns: torch.Tensor  # (m,)
-    size: float = None  # M, its decisions over all ranks
-
-    def __len__(self):
-        return len(self.logp)
-
-    def split(self, most):
-        """Yield parts of at most `most` decisions."""
-        for rows in torch.arange(len(self)).split(most):
-            yield Minibatch(
-                select(self.inputs, rows),
-                self.logp[rows],
-                self.values[rows],
-                self.advantages[rows],
-                self.returns[rows],
-            )
 
 
 @torch.no_grad()
@@ -307,8 +291,7 @@ def collect(policy, env, critic, args, iteration):
 
     V is the policy's value head or, if given, the critic's reading of the simulator's state.
     Returns a Rollout and the log: success of the first episode of each environment (one that T cuts
-    short is no success), mean sum of rewards, seconds of acting and of simulating, and the control
-    steps per second that were commanded.
+    short is no success), mean sum of rewards, seconds of acting and of simulating.
     """
     generator = torch.Generator(policy.device)
     generator.manual_seed(random_seed(args.seed, iteration, rank(), COLLECT))
@@ -381,7 +364,7 @@ def ppo_loss(logp, entropy, value, old, args):
         + max(h(R - V), h(R - V_old - clip(V - V_old, -c, c)))    h = Huber; with --critic head
         - entropy weight * H
 
-    old: a Minibatch, with logp, values, advantages A and returns R of the rollout. With a state
+    old: the Decisions, with logp, values, advantages A and returns R of the rollout. With a state
     critic the value head does not train, and its loss is logged as 0.
     Returns the loss and its detached STATS (5,); kl is E[r - 1 - ln r] (Schulman 2020) in nats.
     """
@@ -417,7 +400,10 @@ def normalise(advantage):
 
 
 def minibatches(rollout, args, iteration):
-    """Yield this rank's share of all minibatches; none while only the critic trains."""
+    """Yield the minibatches of all epochs: (this rank's rows (m,), M decisions over all ranks).
+
+    There are none while only the critic trains.
+    """
     if args.critic == "state" and iteration < args.critic_warmup:
         return
     count = torch.tensor(float(len(rollout.logp)), device=rollout.logp.device)
@@ -428,9 +414,7 @@ def minibatches(rollout, args, iteration):
         for k, rows in enumerate(order.tensor_split(pieces)):
             # Augmentation and noise of the real batch draw from the global generator.
             torch.manual_seed(random_seed(args.seed, iteration, rank(), epoch, k))
-            minibatch = rollout.select(rows)
-            minibatch.size = all_sum(torch.tensor(float(len(rows)), device=rollout.logp.device))
-            yield minibatch
+            yield rows, all_sum(torch.tensor(float(len(rows)), device=rollout.logp.device))
 
 
 class StateCritic(nn.Module):
@@ -536,7 +520,7 @@ def gradient_angle(parameters, rl_gradients, lambda_real):
     rl_norm = torch.stack([g.norm() for g in rl]).norm()
     if not lambda_real:
         return dict(grad_rl=rl_norm.item())
-    real = [(total - g) / lambda_real for total, g in zip(copy_gradients(parameters), rl)]
+    real = [(total - g) / lambda_real for total, g in zip(gradients_of(parameters), rl)]
     real_norm = torch.stack([g.norm() for g in real]).norm()
     dot = sum((a * b).sum() for a, b in zip(rl, real))
     cosine = dot / (rl_norm * real_norm).clamp(min=1e-30)
@@ -928,7 +912,7 @@ def success_before(args, policy):
         return before
     before = success_rates(args, policy, "before")
     if rank() == 0:
-        sft_warmstart.write_json(path, before)
+        policies.write_json(path, before)
     return before
 
 
@@ -966,7 +950,7 @@ def report(args, before, after, seconds):
         evaluate.write_videos(episodes, out / "videos" / name)
         evaluate.contact_sheet(episodes, out / "videos" / f"{name}.png")
     result = dict(command=sys.argv, seconds=seconds, ranks=world(), rows=rows, paired=paired)
-    sft_warmstart.write_json(out / "result.json", result)
+    policies.write_json(out / "result.json", result)
     print(f"\n{evaluate.table(rows)}\n\nAfter against before, on the same scenes:")
     for cell, each in paired.items():
         print(

@@ -220,9 +220,8 @@ def held_out_loss(policy, demos, micro_batch):
     """Mean L_SFT of HELD_OUT_FRAMES held-out frames: always the same ones and the same noise."""
     frames = np.random.default_rng(0).permutation(len(demos))[:HELD_OUT_FRAMES][rank() :: world()]
     torch.manual_seed(rank())  # of the noise of flow matching
-    totals = torch.zeros(
-        2, dtype=torch.float64, device=policy.device
-    )  # sum of losses, number of steps
+    # The sum of the losses, and the number of steps.
+    totals = torch.zeros(2, dtype=torch.float64, device=policy.device)
     for start in range(0, len(frames), micro_batch):
         batch = demos.batch(frames[start : start + micro_batch])
         keep = unpadded_steps(policy, batch)
@@ -267,7 +266,8 @@ def warm_start(options):
         )
         rows = {cell: evaluate.summary(episodes) for cell, episodes in rates.items()}
         if rank() == 0:
-            write_json(out / "result.json", dict(results=rows, seconds=seconds, ranks=world()))
+            result = dict(results=rows, seconds=seconds, ranks=world())
+            policies.write_json(out / "result.json", result)
     return out / "policy"
 
 
@@ -419,11 +419,11 @@ def open_domain(domain, given, options, policy):
         parts.append(part)
     if given:
         frames = sum(len(part) for part in parts if part is not None)
-        cameras = demos.recording
+        recording = demos.recording
         say(
             f"{path}: {len(demos.lengths)} episodes, {frames} of {len(demos)} frames move (--pause)"
         )
-        say(f"{path}: camera {' '.join(cameras.cameras)} out of {' '.join(cameras.available)}")
+        say(f"{path}: camera {' '.join(recording.cameras)} out of {' '.join(recording.available)}")
         if demos.fps != envs.CONTROL_HZ:
             say(f"{path}: {demos.fps} actions a second, but {envs.CONTROL_HZ} in simulation")
     return parts
@@ -713,14 +713,13 @@ def summed(tensors):
 def sum_gradients(parameters):
     """Replace gradients by their sum over ranks. What no rank has touched keeps no gradient."""
     if dist.is_initialized():
-        gradients = summed(copy_gradients(parameters))
-        for p, gradient in zip(parameters, gradients):
+        for p, gradient in zip(parameters, summed(gradients_of(parameters))):
             p.grad = gradient if gradient.any() else None
 
 
-def copy_gradients(parameters):
-    """Copies of the gradients so far; zeros where there is none."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+def gradients_of(parameters):
+    """The gradients so far, not copied; zeros where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def this_device():
@@ -894,18 +893,10 @@ def changed_flags(before, now):
 # -- files
 
 
-def write_json(path, value):
-    """Write under a temporary name, then rename: a killed run never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
-
-
 def write_args(args):
     """OUT/args.json: the command and every flag. Called once nothing can be refused any more."""
     if rank() == 0:
-        write_json(
+        policies.write_json(
             pathlib.Path(args.out, "args.json"), dict(dataclasses.asdict(args), command=sys.argv)
         )
 

@@ -3288,7 +3288,8 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, monkeypatch):
     command = [str(script), str(HERE), str(pathlib.Path(__file__).parent), str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(command[0])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run"]
+    launch += ["--standalone", "--nproc-per-node", "2"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     run = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
