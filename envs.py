@@ -907,8 +907,7 @@ class VecEnv:
         """Simulate 0.2 s: move targets, solve for joints, feed set-points in blocks of 25 ms."""
         delta = action[:, :6] * self.scale[ids, None]
         self.target[ids] = np.clip(self.target[ids] + delta[:, :3], *WORKSPACE)
-        turn = rotation(2, delta[:, 5]) @ rotation(1, delta[:, 4]) @ rotation(0, delta[:, 3])
-        self.target_frame[ids] = turn @ self.target_frame[ids]
+        self.target_frame[ids] = frame_of(delta[:, 3:]) @ self.target_frame[ids]
         self.joints[1:, ids] = self.joints[:2, ids]
         self.grip[1:, ids] = self.grip[:2, ids]
         self.joints[0, ids] = inverse_kinematics(
@@ -1546,6 +1545,11 @@ def inverse_kinematics(q, position, frame, iterations=3, damping=.02, posture=.0
         q = q + np.clip(dq[..., 0], -max_step, max_step)
         q = np.clip(q, JOINT_RANGE[0] + .01, JOINT_RANGE[1] - .01)
     return q
+
+
+def frame_of(euler):
+    """Return R = Rz(yaw) Ry(pitch) Rx(roll), (N, 3, 3), of roll, pitch, yaw (N, 3) [rad]."""
+    return rotation(2, euler[:, 2]) @ rotation(1, euler[:, 1]) @ rotation(0, euler[:, 0])
 
 
 def euler_of(frame):

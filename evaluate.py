@@ -30,9 +30,17 @@ Ablations   blank-image: every image is grey. shuffled-instruction: the instruct
             another cube on the table, or another task. A policy that still succeeds ignores the
             image or the instruction.
 Output      OUT/result.json (the command, versions, every episode), success.png, videos/; with
-            --curves, OUT/curves.png
+            --curves, OUT/curves.png. An evaluation has a folder of its own.
+Resume      OUT/episodes.jsonl gets a line for each block that has ended. Ctrl-C, SIGTERM, a kill
+            or a full disk lose only the blocks that were running: the same command with --resume
+            runs those that are missing, and the result is that of an uninterrupted evaluation.
+            After the end, it prints the tables again. Videos are written when their block ends;
+            when all have ended, the first --videos of each success rate stay.
+Errors      One line, and exit status 1, or 130 after a signal. With the environment variable
+            TRACEBACK=1, also where an error was raised.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -45,8 +53,12 @@ import pathlib
 import shlex
 import signal
 import sys
-import tempfile
+import threading
+import traceback
+import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 import envs                 # first: it chooses the OpenGL backend before mujoco is imported
 import imageio
@@ -63,6 +75,7 @@ ABLATIONS = ("none", "blank-image", "shuffled-instruction")
 Z = 1.96                    # normal quantile of a two-sided 95 % interval
 GREEN = (0, 160, 90)        # border of a success in videos, RGB
 RED = (214, 60, 40)         # border of a failure
+SIGNALS = {signal.SIGINT, signal.SIGTERM}       # Ctrl-C, and what a cluster sends
 
 
 # ---- episodes -----------------------------------------------------------------------------------
@@ -421,7 +434,8 @@ def write_videos(episodes, folder):
         path = pathlib.Path(folder, f"{episode['episode']:05d}-{outcome}.mp4")
         path.parent.mkdir(parents=True, exist_ok=True)
         # H.264 needs even sizes: macro_block_size=2.
-        imageio.mimwrite(path, images, fps=envs.CONTROL_HZ, macro_block_size=2)
+        imageio.mimwrite(path, images, fps=envs.CONTROL_HZ, macro_block_size=2,
+                         ffmpeg_log_level="quiet")
         paths.append(path)
     return paths
 
@@ -450,7 +464,7 @@ class Cell:
     variant: str
 
 
-def parse(argv=None):
+def parse(argv):
     """Read the flags. One ValueError lists all that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -465,7 +479,11 @@ def parse(argv=None):
     add("--variants", nargs="+", default=["seen"], choices=[*envs.VARIANTS, "all"],
         help="objects and start positions; default: seen")
     add("--episodes", type=int, default=100, help="of each success rate, >= 1; default: 100")
+    add("--load", nargs="+", default=[], metavar="KEY=VALUE",
+        help="options of policies.load_policy, for each checkpoint")
     add("--out", help="folder; default: runs/eval-CHECKPOINT-TASK, or runs/curves")
+    add("--resume", action="store_true",
+        help="run the blocks that are missing in OUT; all other flags but --workers as they were")
     add("--workers", type=int, default=0,
         help="processes; they change no result; default: 0, one per CPU core, on a GPU one")
     add("--decoding", default="deploy", choices=policies.DECODINGS,
@@ -485,18 +503,21 @@ def parse(argv=None):
     for flag, value in vars(args).items():
         if value != parser.get_default(flag):
             given.append(flag)
-    check(args, given)
+    args.command = shlex.join(["python", "evaluate.py", *argv])
     args.tasks = list(envs.TASKS) if args.task == "all" else [args.task]
     args.domains = ["sim", "real"] if args.domain == "both" else [args.domain]
     args.variants = list(envs.VARIANTS) if "all" in args.variants else args.variants
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.workers = args.workers or (cores() if args.device == "cpu" else 1)
-    args.out = args.out or default_folder(args)
+    check(args, given)
     return args
 
 
 def check(args, given):
-    """Raise a ValueError that lists all wrong flags; replace runs by the policies in them."""
+    """Raise a ValueError that lists all wrong flags; it leaves no trace.
+
+    Replaces runs by the policies in them, and fills in the default of --out.
+    """
     problems = policies.Problems()
     problems.need(args.checkpoint or args.curves, "--checkpoint, --curves", "neither",
                   "one of them", "--checkpoint openvla")
@@ -511,11 +532,41 @@ def check(args, given):
         problems.need(pathlib.Path(file).is_file(), "--curves", file, "an existing file",
                       "metrics.jsonl in the folder of a run")
     for k, name in enumerate(args.checkpoint):
-        try:
+        with noted(problems):
             args.checkpoint[k] = find_policy(name)
-        except ValueError as error:
-            problems.append(str(error))
+    with noted(problems):
+        if args.load:
+            policies.parse_load(args.load)
+    if args.checkpoint or args.curves:
+        args.out = args.out or default_folder(args)
+    if args.checkpoint:
+        check_folder(problems, args)
     problems.stop()
+
+
+@contextlib.contextmanager
+def noted(problems):
+    """Note a ValueError among other problems."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error))
+
+
+def check_folder(problems, args):
+    """Note an OUT that holds other results than --resume needs."""
+    path = journal(args)
+    if not args.resume:
+        taken = path.exists() or path.with_name("result.json").exists()
+        problems.need(not taken, "--out", f"{args.out}, which holds results", "a new folder",
+                      "--resume to go on with them, or another --out")
+    elif not path.exists():
+        problems.need(False, "--resume", f"no {path}", "an interrupted evaluation",
+                      "without --resume")
+    elif not problems:
+        changed = changes(args)
+        problems.need(not changed, "--resume", "; ".join(changed), f"what {path} was begun with",
+                      "the command in it, or another --out")
 
 
 def cores():
@@ -545,71 +596,250 @@ def default_folder(args):
     return f"runs/eval-{path.name}-{args.task}"
 
 
-def claim(args, command):
-    """Raise ValueError unless OUT can be written and holds no result of another command."""
-    result = pathlib.Path(args.out, "result.json")
-    if args.checkpoint and result.exists():
-        before = json.loads(result.read_text()).get("command")
-        if before != command:
-            raise ValueError(
-                f"--out: got {args.out}, with the result of another command ({before}); need a "
-                f"folder without a result; try another --out, or delete {result}"
-            )
+# ---- what has ended is kept ---------------------------------------------------------------------
+
+def journal(args):
+    """Return OUT/episodes.jsonl: a header, then a line for each block that has ended."""
+    return pathlib.Path(args.out, "episodes.jsonl")
+
+
+def read_journal(args):
+    """Return the lines of the journal but those that a kill has cut."""
+    lines = []
+    for line in journal(args).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def add_line(args, line):
+    """Add a line to the journal. Its newline comes first: a kill may have cut the last line."""
+    with open(journal(args), "a") as file:
+        file.write("\n" + json.dumps(line))
+
+
+def header(args):
+    """Return the command, and all that can change its result."""
+    flags = dict(vars(args))
+    for name in ("command", "curves", "domains", "out", "resume", "tasks", "workers"):
+        del flags[name]
+    for package in ("torch", "transformers", "mujoco", "numpy"):
+        flags[f"version of {package}"] = importlib.metadata.version(package)
+    for name in args.checkpoint:
+        folder = policies.find_folder(name)
+        files = [*folder.glob("*.json"), *folder.rglob("*.safetensors")]
+        flags[f"time of {name}"] = max([file.stat().st_mtime for file in files])
+    return dict(command=args.command, args=flags)
+
+
+def changes(args):
+    """Return what is no longer as it was when the journal was begun."""
+    changed = []
+    for begun in read_journal(args)[:1]:    # none, if it was killed at once
+        now = header(args)["args"]
+        for name, value in begun["args"].items():
+            if now.get(name) != value:
+                changed.append(f"{name} was {value}, is {now.get(name)}")
+    return changed
+
+
+def claim(args):
+    """Begin the journal, or go on with it. ValueError, and no trace, if that fails."""
+    path = journal(args)
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        result.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=args.resume)
+        if not read_journal(args):
+            add_line(args, header(args))
     except OSError as error:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise ValueError(
-            f"--out: got {args.out} ({error.strerror}); need a folder that can be written; "
+            f"--out: got {args.out} ({error.strerror}); need a new folder that can be written; "
             "try another --out"
         ) from None
 
 
-# One policy at a time: a process works through one checkpoint after another.
-load = functools.lru_cache(maxsize=1)(policies.load_policy)
-
-
-def work(args, job):
-    """Run one job = (cell, block) in a process of the pool and return its episodes."""
-    cell, block = job
-    if args.device == "cpu":
-        torch.set_num_threads(1)            # there are as many processes as cores
-        torch.set_flush_denormal(True)      # as in training
-    policy = load(cell.checkpoint, args.device, args.dtype)
-    return run_episodes(policy, cell.task, cell.domain, args.episodes, variant=cell.variant,
-                        seed=args.seed, blocks=[block], decoding=args.decoding,
-                        ablation=args.ablation, frames=args.videos)
-
-
-def run(args):
-    """Run all blocks in a pool of processes and return {Cell: episodes}."""
-    names = itertools.product(args.checkpoint, args.tasks, args.domains, args.variants)
-    results = {Cell(*each): [] for each in names}
-    jobs = list(itertools.product(results, range(math.ceil(args.episodes / BLOCK))))
-    workers = min(args.workers, len(jobs))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    # The processes inherit that Ctrl-C is ignored: this one handles it, and ends them at once.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parts = pool.map(functools.partial(work, args), jobs)
-    signal.signal(signal.SIGINT, handler)
+@contextlib.contextmanager
+def resumable(args):
+    """Add to any error and signal that --resume goes on."""
     try:
-        with Progress(total=len(results) * args.episodes) as bar:
-            for (cell, _), episodes in zip(jobs, parts):
-                bar.add(episodes)
-                results[cell] += episodes
-                keep_frames(results[cell], args.videos)
-    except BaseException:
+        yield
+    except BaseException as error:
+        error.add_note(f"the same command with --resume goes on from {journal(args)}")
+        raise
+
+
+@contextlib.contextmanager
+def forgiven(what):
+    """Turn an error into a warning: pictures may fail, numbers must not be lost."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        warnings.warn(f"{what}: {type(error).__name__}: {said}; the numbers are complete")
+
+
+@contextlib.contextmanager
+def reported(spokesman=True):
+    """Report errors, signals and warnings in one line each; see Errors in the header.
+
+    spokesman: of several ranks only one reports what concerns all of them, a user's mistake.
+    """
+    def stop(number, frame):
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)         # a second one would break what ends
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, stop) for each in SIGNALS}
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            if not spokesman:
+                warnings.simplefilter("ignore")
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exc()
+        status = 1
+        text = f"error: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            status = 130
+            text = "\ninterrupted"
+        elif not isinstance(error, (ValueError, OSError)):
+            spokesman = True
+            text = f"error: {type(error).__name__}: {error} (set TRACEBACK=1 to see where)"
+        if spokesman:
+            print("; ".join([text, *getattr(error, "__notes__", [])]), file=sys.stderr)
+        sys.exit(status)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def show_warning(message, *place, **options):
+    """Be warnings.showwarning, without file and line."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def worker_processes(count):
+    """Yield a pool of processes; none of them survives this one, however it ends."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, spawn, initializer=begin_worker)
+    # The processes inherit that signals are blocked: this one handles them, and ends the others.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for _ in range(count):
+        pool.submit(os.getpid)              # starts a process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield pool
+    except BaseException as error:
+        if isinstance(error, BrokenProcessPool):
+            error.add_note("if memory ran out, try fewer --workers")
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def begin_worker():
+    """Prepare a process of the pool; it ends with its parent, even if that is killed."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())        # the default is a semaphore, which a kill leaks
+    warnings.showwarning = show_warning
+
+
+# A process keeps one policy at a time: it works through one checkpoint after another.
+@functools.lru_cache(maxsize=1)
+def load(checkpoint, device, dtype, *pairs):
+    """Load a policy. pairs: of --load."""
+    options = policies.parse_load(pairs) if pairs else {}
+    return policies.load_policy(checkpoint, device, dtype, **options)
+
+
+def look(args, checkpoint):
+    """Load a checkpoint in a process of the pool; return what a user should be told about it."""
+    policy = load(checkpoint, args.device, args.dtype, *args.load)
+    return getattr(policy, "notes", [])
+
+
+def announce(pool, args):
+    """Print what is to be said about each checkpoint, or raise one ValueError with all errors."""
+    problems = policies.Problems()
+    futures = [pool.submit(look, args, checkpoint) for checkpoint in args.checkpoint]
+    for checkpoint, future in zip(args.checkpoint, futures):
+        with noted(problems):
+            for note in future.result():
+                print(f"{checkpoint}: {note}")
+    problems.stop()
+
+
+def work(args, cell, block):
+    """Run one block in a process of the pool, write its videos, and return its episodes."""
+    if args.device == "cpu":
+        torch.set_num_threads(1)            # there are as many processes as cores
+        torch.set_flush_denormal(True)      # as in training
+    with warnings.catch_warnings(action="ignore"):      # announce() has shown them
+        policy = load(cell.checkpoint, args.device, args.dtype, *args.load)
+    episodes = run_episodes(policy, cell.task, cell.domain, args.episodes, variant=cell.variant,
+                            seed=args.seed, blocks=[block], decoding=args.decoding,
+                            ablation=args.ablation, frames=args.videos)
+    folder = video_folder(args, cell)
+    with forgiven(folder):
+        write_videos(episodes, folder)
+    for episode in episodes:
+        episode.pop("frames", None)
+    return episodes
+
+
+def run(args):
+    """Run all blocks that are missing in a pool of processes and return {Cell: episodes}."""
+    names = itertools.product(args.checkpoint, args.tasks, args.domains, args.variants)
+    cells = [Cell(*each) for each in names]
+    blocks = range(math.ceil(args.episodes / BLOCK))
+    done = {}                               # (cell, block) -> episodes
+    if args.resume:
+        for line in read_journal(args)[1:]:
+            done[Cell(**line["cell"]), line["block"]] = line["episodes"]
+    missing = [job for job in itertools.product(cells, blocks) if job not in done]
+    if missing:
+        with worker_processes(min(args.workers, len(missing))) as pool:
+            announce(pool, args)            # all that can be refused is refused up to here
+            claim(args)
+            with resumable(args), Progress(total=len(cells) * args.episodes) as bar:
+                for episodes in done.values():
+                    bar.add(episodes)
+                futures = {pool.submit(work, args, *job): job for job in missing}
+                for future in as_completed(futures):
+                    cell, block = futures[future]
+                    episodes = future.result()
+                    line = dict(cell=dataclasses.asdict(cell), block=block, episodes=episodes)
+                    add_line(args, line)
+                    done[cell, block] = episodes
+                    bar.add(episodes)
+        for change in changes(args):
+            warnings.warn(f"during the evaluation, {change}: do not trust these numbers")
+    results = {}
+    for cell in cells:
+        parts = [done[cell, block] for block in blocks]
+        results[cell] = list(itertools.chain.from_iterable(parts))
     return results
 
 
-def report(args, command, results):
-    """Print the tables; write videos, the figure and, last and at once, result.json."""
-    out = pathlib.Path(args.out)
+# ---- results ------------------------------------------------------------------------------------
+
+def report(args, results):
+    """Print the tables, then write result.json, then the pictures, which may fail."""
     rows = []
     comparisons = []
     for cell, episodes in results.items():
@@ -626,21 +856,38 @@ def report(args, command, results):
         print("\nOn the same scenes; difference: second - first, in percentage points\n")
         print(comparison_table(comparisons))
     for row, episodes in zip(rows, results.values()):
-        checkpoint = row["checkpoint"].strip("./").replace("/", "_")
-        kind = f"{row['task']}-{row['domain']}-{row['variant']}"
-        folder = out / "videos" / checkpoint / kind
-        write_videos(episodes, folder)
-        contact_sheet(episodes, folder / "contact-sheet.png")
-        for episode in episodes:
-            episode.pop("frames", None)
         row["episodes"] = episodes
-    bar_chart(rows, out / "success.png")
-    packages = ("torch", "transformers", "mujoco", "numpy")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    result = dict(command=command, args=vars(args), versions=versions, comparisons=comparisons,
-                  cells=rows)
-    policies.write_json(out / "result.json", result)
-    print(f"\nwrote {out}/result.json, success.png" + (", videos" if args.videos else ""))
+    path = pathlib.Path(args.out, "result.json")
+    begun = read_journal(args)[0]
+    policies.write_json(path, dict(begun, comparisons=comparisons, cells=rows))
+    print(f"\nwrote {path}; beside it: pictures")
+    figure = path.with_name("success.png")
+    with forgiven(figure):
+        bar_chart(rows, figure)
+    for cell in results:
+        folder = video_folder(args, cell)
+        with forgiven(folder):
+            choose_videos(folder, args.videos)
+
+
+def video_folder(args, cell):
+    """Return the folder for the videos of a success rate."""
+    checkpoint = cell.checkpoint.strip("./").replace("/", "_")
+    kind = f"{cell.task}-{NAMES[cell.domain]}-{cell.variant}"
+    return pathlib.Path(args.out, "videos", checkpoint, kind)
+
+
+def choose_videos(folder, count):
+    """Keep the first `count` videos of successes and of failures; draw their contact sheet."""
+    shown = []
+    for outcome in ("success", "failure"):
+        videos = sorted(folder.glob(f"*-{outcome}.mp4"))
+        for video in videos[count:]:
+            video.unlink()
+        for video in videos[:count]:
+            frames = imageio.v3.imread(video)
+            shown.append(dict(success=outcome == "success", frames=frames))
+    contact_sheet(shown, folder / "contact-sheet.png")
 
 
 def draw_curves(args):
@@ -656,25 +903,21 @@ def draw_curves(args):
                 f"--curves: got {file} ({error}); need a JSON object on each line; try the "
                 "metrics.jsonl of a run that has ended"
             ) from None
-    curves(runs, pathlib.Path(args.out, "curves.png"))
-    print(f"wrote {args.out}/curves.png: {', '.join(runs)}")
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    curves(runs, out / "curves.png")
+    print(f"wrote {out}/curves.png: {', '.join(runs)}")
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "evaluate.py", *argv])
-    try:
-        args = parse(argv)
-        claim(args, command)
+    with reported():
+        args = parse(sys.argv[1:] if argv is None else argv)
         if args.curves:
             draw_curves(args)
-        else:
-            report(args, command, run(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted: no result.json was written", file=sys.stderr)
-        sys.exit(130)
+            return
+        results = run(args)
+        with resumable(args):
+            report(args, results)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     logp, entropy, value = policy.evaluate(images, instructions, decision.trace)  # + gradient
     loss = policy.bc_loss(images, instructions, actions, pad)    # L_SFT on demonstrations
     policy.save(folder)                                          # official layout
+    policy.notes                                                 # what load_policy chose
 
     python policies.py                                           # the tiny ones on one core
 
@@ -31,6 +32,7 @@ import json
 import math
 import re
 import timeit
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 from typing import Protocol
@@ -56,6 +58,8 @@ LORA_ALPHA = 16  # alpha = min(rank, 16), as in OpenVLA's fine-tuning script
 BASE = Path(__file__).resolve().parent / "base"
 BUNDLED = dict(openvla=BASE / "openvla-tiny", pi05=BASE / "pi05-tiny")
 HEADS = ("value_head.", "noise_head.")  # not in the official models, hence saved apart
+PADDING = 1e-6  # openpi pads q01 and q99 with numbers smaller than that
+OTHER = "another checkpoint"  # the remedy if this one cannot be used
 
 
 # ---- the contract ------------------------------------------------------------------------
@@ -126,16 +130,12 @@ def check_policy(policy):
     problems = Problems()
     names = [*VLA.__annotations__, "act", "evaluate", "value", "bc_loss"]
     missing = [name for name in names if not hasattr(policy, name)]
-    problems.need(
-        not missing, "policy", f"no {missing}", names, "adding them, see class VLA"
-    )
+    problems.need(not missing, "policy", f"no {missing}", names, "adding them, see class VLA")
     problems.stop()
     batch = 3
     size = (batch, policy.image_size, policy.image_size, 3)
     images = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    seen = dict(
-        images=images, instructions=["open the drawer", "pick it up", "push the cube"]
-    )
+    seen = dict(images=images, instructions=["open the drawer", "pick it up", "push the cube"])
     if policy.reads_state:
         seen["state"] = torch.zeros(batch, 8)
 
@@ -165,9 +165,7 @@ def check_policy(policy):
         if scalar.requires_grad:
             scalar.backward()
         reached = any(p.grad is not None and p.grad.any() for p in policy.parameters())
-        problems.need(
-            reached, what, "no gradient", "some", "trainable parameters, no detach()"
-        )
+        problems.need(reached, what, "no gradient", "some", "trainable parameters, no detach()")
     policy.zero_grad()
     problems.stop()
 
@@ -186,16 +184,16 @@ class Policy(nn.Module):
         super().__init__()
         unknown = sorted(set(settings) - set(self.SETTINGS))
         if unknown:
-            known = list(self.SETTINGS)
             raise ValueError(
-                f"settings: got {unknown}; need some of {known}; try one of those"
+                f"settings of {self.kind}: got {unknown}; need some of {list(self.SETTINGS)}; "
+                "try --load KEY=VALUE with one of those"
             )
         self.config = config
         self.settings = {**self.SETTINGS, **settings}
-        self.statistics = (
-            {}
-        )  # data set -> {"action": {"q01": [..], "q99": [..]}, "state": ..}
+        # Data set -> {"action": {"q01": [..], "q99": [..]}, "state": ..}.
+        self.statistics = {}
         self.tokenizer = None
+        self.notes = []  # what load_policy chose, one line each
         self.passed_on = {}  # files of the checkpoint that are saved again as they are
         self.bf16 = False
 
@@ -221,7 +219,8 @@ class Policy(nn.Module):
             key = names[0]
         if key not in names:
             raise ValueError(
-                f"unnorm_key: got {key}; need one of {names}; try it, or policy.set_statistics"
+                f"unnorm_key: got {key}; need one of {names}; try --load unnorm_key=NAME, or "
+                "--statistics data, which takes those of the demonstrations"
             )
         return self.statistics[key]
 
@@ -229,12 +228,13 @@ class Policy(nn.Module):
         """Return q01 and q99, (n,) float64 each, of the "action" or the "state"."""
         if part not in self.stats:
             raise ValueError(
-                f"statistics: got {list(self.stats)}; need {part}; try policy.set_statistics"
+                f"statistics: got {list(self.stats)}; need {part}; try --statistics data, or, if "
+                "it is the state, --load discrete_state=false"
             )
-        return [
-            torch.tensor(self.stats[part][key], dtype=torch.float64, device=self.device)
-            for key in ("q01", "q99")
-        ]
+        # openpi may pad them with zeros to the model's size, which load_policy makes sure of.
+        size = ACTION_DIM if part == "action" else None
+        both = [self.stats[part]["q01"][:size], self.stats[part]["q99"][:size]]
+        return torch.tensor(both, dtype=torch.float64, device=self.device).unbind()
 
     def has_statistics(self):
         """Return whether one data set's statistics are chosen, or are the only ones."""
@@ -245,32 +245,23 @@ class Policy(nn.Module):
 
         stats: {"action": {"q01": (7,), "q99": (7,), ..}, "state": the same, optional}
         """
-        low = np.array(stats["action"]["q01"], float)
-        high = np.array(stats["action"]["q99"], float)
-        if low.shape != (ACTION_DIM,) or not np.isfinite(high - low).all():
+        fault = range_fault(stats["action"])
+        if fault:
             raise ValueError(
-                f"statistics {name}: got q01 {low}, q99 {high} of actions; need 7 finite numbers "
+                f"statistics {name}: got actions with {fault}; need q01 <= q99, 7 finite numbers "
                 "each; try real_data.dataset_statistics"
             )
+        low = np.array(stats["action"]["q01"], float)[:ACTION_DIM]
+        high = np.array(stats["action"]["q99"], float)[:ACTION_DIM]
         widen = np.maximum(MIN_RANGE - (high - low), 0) / 2
-        action = {
-            "mask": [True] * 6 + [False],
-            "gripper_range": [-1.0, 1.0],
-            **stats["action"],
-        }
+        action = {"mask": [True] * 6 + [False], "gripper_range": [-1.0, 1.0], **stats["action"]}
         action["q01"] = (low - widen).tolist()
         action["q99"] = (high + widen).tolist()
         self.statistics = {name: {**stats, "action": action}}
         self.settings["unnorm_key"] = None
 
     def check_inputs(
-        self,
-        images,
-        instructions=None,
-        state=None,
-        actions=None,
-        pad=None,
-        decoding="sample",
+        self, images, instructions=None, state=None, actions=None, pad=None, decoding="sample"
     ):
         """Return images (uint8) or features (float) on the device; list all wrong inputs."""
         problems = Problems()
@@ -289,15 +280,11 @@ class Policy(nn.Module):
             fine = all(isinstance(text, str) and text.strip() for text in instructions)
             fine = fine and len(instructions) == batch and not isinstance(instructions, str)
             need = f"a list of {batch} non-empty str"
-            problems.need(
-                fine, "instructions", instructions, need, "['open the drawer'] * B"
-            )
+            problems.need(fine, "instructions", instructions, need, "['open the drawer'] * B")
         if instructions is not None and self.reads_state:
             fine = state is not None and len(state) == batch
             fine = fine and torch.as_tensor(state).isfinite().all()
-            problems.need(
-                fine, "state", state, f"finite ({batch}, n)", "state=obs['state']"
-            )
+            problems.need(fine, "state", state, f"finite ({batch}, n)", "state=obs['state']")
         if actions is not None:
             actions = torch.as_tensor(actions)
             steps = actions.shape[1]
@@ -316,7 +303,7 @@ class Policy(nn.Module):
         """Return the token ids of a text, without special tokens."""
         if self.tokenizer is None:
             raise ValueError(
-                "tokenizer: got none; need a tokenizer.json; try tokenizer=PATH"
+                "tokenizer: got none; need a tokenizer.json; try --load tokenizer=PATH"
             )
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -364,6 +351,7 @@ class OpenVLA(Policy):
 
     SETTINGS = dict(unnorm_key=None, temperature=1.0, center_crop=False)
     kind = "openvla"
+    statistics_file = "dataset_statistics.json"
     horizon = 1
     chunk = 1
     fit = "stretch"
@@ -385,18 +373,22 @@ class OpenVLA(Policy):
 
     def __init__(self, config, **settings):
         super().__init__(config, settings)
-        text = {**LLAMA, **config["text_config"]}
+        if not self.settings["temperature"] > 0:
+            raise ValueError(
+                f"temperature: got {self.settings['temperature']}; need more than 0; "
+                "try --load temperature=1.0"
+            )
+        text = {**LLAMA, **config.get("text_config", {})}
+        text.update(text.get("rope_parameters") or {})  # where transformers 5 puts rope_theta
         width = text["hidden_size"]
         heads = text["num_attention_heads"]
-        size = config["image_sizes"][0]
+        size = config.get("image_sizes", [224])[0]
         tiny = config.get("tiny_timm_kwargs", {})
         dino = ViT(size, **{**DINOV2, **tiny.get("featurizer", {})})
         siglip = ViT(size, **{**SIGLIP_TIMM, **tiny.get("fused_featurizer", {})})
         dim = dino.pos_embed.shape[2] + siglip.pos_embed.shape[2]
         self.vision_backbone = nn.ModuleDict(dict(featurizer=dino, fused_featurizer=siglip))
-        self.projector = linears(
-            fc1=(dim, 4 * dim), fc2=(4 * dim, width), fc3=(width, width)
-        )
+        self.projector = linears(fc1=(dim, 4 * dim), fc2=(4 * dim, width), fc3=(width, width))
         self.language_model = linears(False, lm_head=(width, text["vocab_size"]))
         self.language_model["model"] = Decoder(
             width,
@@ -414,9 +406,7 @@ class OpenVLA(Policy):
         self.value_head = Head((width, 512, 128, 1), nn.GELU, last_bias=False)
         self.image_size = size
         self.feature_shape = (dino.pos_embed.shape[1], dim)
-        self.vocab = text["vocab_size"] - config.get(
-            "pad_to_multiple_of", 64
-        )  # 32000 of 32064
+        self.vocab = text["vocab_size"] - config.get("pad_to_multiple_of", 64)  # 32000 of 32064
         self.pad = self.vocab
 
     @torch.no_grad()
@@ -582,31 +572,30 @@ class OpenVLA(Policy):
 
     def prompt(self, instructions):
         """Return ids and mask (B, L): BOS, PADs, text, so that all prompts end in one column."""
-        rows = []
-        for text in instructions:
-            prompt = f"In: What action should the robot take to {text.lower()}?\nOut:"
-            row = self.encode(prompt)
-            # In training a space came before the actions, and became a token of its own.
-            space = self.tokenizer.token_to_id("▁")  # 29871 in Llama's vocabulary
-            if row[-1] != space:
-                row = row + [space]
-            rows.append(torch.tensor(row))
+        rows = [torch.tensor(self.row(text)) for text in instructions]
         ids = pad_sequence(rows, True, self.pad, padding_side="left")
         ids = F.pad(ids, (1, 0), value=self.bos).to(self.device)
         return ids, ids != self.pad
 
+    def row(self, text):
+        """Return the token ids of one prompt, without BOS."""
+        row = self.encode(f"In: What action should the robot take to {text.lower()}?\nOut:")
+        # In training a space came before the actions, and became a token of its own.
+        space = self.tokenizer.token_to_id("▁")  # 29871 in Llama's vocabulary
+        return row if row[-1] == space else row + [space]
+
     def json_files(self):
         """Return the official files beside weights and tokenizer, name -> content."""
         config = {**self.config, "norm_stats": self.statistics}
-        return {"config.json": config, "dataset_statistics.json": self.statistics}
+        return {"config.json": config, self.statistics_file: self.statistics}
 
     def read_statistics(self, folder):
-        """Read dataset_statistics.json, which replaces norm_stats, but not for keys it lacks."""
-        stats = read_json(folder / "dataset_statistics.json", {})
-        self.statistics = self.config.get("norm_stats") or {}
-        key = self.settings["unnorm_key"]
-        if stats and (key in stats or key not in self.statistics):
-            self.statistics = stats
+        """Return {file: {data set: statistics}}; the first file that has a data set counts."""
+        config = read_json(folder / "config.json", {})
+        return {
+            self.statistics_file: read_json(folder / self.statistics_file, {}),
+            "norm_stats of config.json": config.get("norm_stats") or {},
+        }
 
 
 # ---- pi0.5: flow matching ----------------------------------------------------------------
@@ -625,7 +614,8 @@ class Pi05(Policy):
       noise_level     a of flow_sde
       noise_std       range of the learned noise of flow_noise [model units]
       discrete_state  whether the state is written into the prompt
-      style           "openpi" or "lerobot": resizing and epsilons; None: by config.json
+      style           "openpi" or "lerobot": resizing and epsilons
+    The defaults of chunk, steps, discrete_state and style are LeRobot's in its checkpoints.
     """
 
     SETTINGS = dict(
@@ -637,9 +627,10 @@ class Pi05(Policy):
         noise_level=0.5,
         noise_std=(0.08, 0.16),
         discrete_state=False,
-        style=None,
+        style="openpi",
     )
     kind = "pi05"
+    statistics_file = "norm_stats.json"
     fit = "pad"
     image_ndims = (4, 5)
     bos = 2
@@ -658,24 +649,25 @@ class Pi05(Policy):
         from transformers import SiglipVisionConfig
         from transformers import SiglipVisionModel
 
-        super().__init__(complete_pi05(config), settings)
+        super().__init__(complete_pi05(config), {**stated_settings(config), **settings})
         vision = self.config["vision"]
         vlm = self.config["vlm"]
         expert = self.config["expert"]
         width = expert["width"]
         dim = self.config["action_dim"]
-        if self.settings["style"] is None:
-            self.settings["style"] = "lerobot" if "chunk_size" in config else "openpi"
         self.horizon = self.settings["horizon"] or self.config["action_horizon"]
         self.chunk = self.settings["chunk"]
         self.steps = self.settings["steps"]
         self.sampler = self.settings["sampler"]
         self.reads_state = self.settings["discrete_state"]
         fine = self.sampler in ("flow_noise", "flow_sde") and self.steps > 0
+        fine = fine and self.settings["style"] in ("openpi", "lerobot")
+        fine = fine and 0 < self.settings["noise_std"][0] <= self.settings["noise_std"][-1]
         if not fine or not 0 < self.chunk <= self.horizon:
             raise ValueError(
-                f"settings: got {self.settings}; need sampler flow_noise or flow_sde, steps > 0, "
-                "0 < chunk <= horizon; try the defaults"
+                f"settings: got {self.settings}; need sampler flow_noise or flow_sde, style "
+                f"openpi or lerobot, steps > 0, 0 < chunk <= horizon = {self.horizon}, and "
+                "0 < low <= high in noise_std; try --load KEY=VALUE with such values"
             )
         tokens = (vision["image_size"] // vision["patch_size"]) ** 2
         self.image_size = vision["image_size"]
@@ -881,9 +873,8 @@ class Pi05(Policy):
         present = camera_mask.any(0)
         with self.autocast():
             image = self.multi_modal_projector.linear(features[:, present])  # (B, N', T, D)
-            text = (
-                self.language_model.embed_tokens(ids) * image.shape[-1] ** 0.5
-            )  # text only
+            # Only text is scaled.
+            text = self.language_model.embed_tokens(ids) * image.shape[-1] ** 0.5
             x = torch.cat([image.flatten(1, 2).to(text.dtype), text], 1)  # (B, P, D)
             seen = camera_mask[:, present].repeat_interleave(image.shape[2], 1)
             valid = torch.cat([seen, mask], 1)  # (B, P)
@@ -911,7 +902,16 @@ class Pi05(Policy):
     def state_bins(self, state):
         """(B, n) physical state -> bins of [-1, 1]: 0 .. 255, below -1, as officially printed."""
         low, half = self.action_range("state")
-        state = torch.as_tensor(state, device=self.device).double()[:, : len(low)]
+        state = torch.as_tensor(state, device=self.device).double()
+        size = min(state.shape[1], len(low))
+        if state[:, size:].any() or (half[size:] > 1e-5).any():  # more than padding
+            raise ValueError(
+                f"state: got {state.shape[1]} numbers; need {len(low)}, as in the statistics; "
+                "try --load discrete_state=false, or --statistics data"
+            )
+        state = state[:, :size]
+        low = low[:size]
+        half = half[:size]
         edges = torch.linspace(-1, 1, 257, dtype=torch.float64, device=self.device)[:-1]
         return torch.bucketize((state - low) / half - 1, edges, right=True) - 1
 
@@ -939,18 +939,21 @@ class Pi05(Policy):
     def prompt(self, instructions, state=None):
         """Return ids and mask (B, L): BOS, text, no EOS; padded on the right."""
         rows = []
-        bins = self.state_bins(state).tolist() if self.reads_state else []
-        for i, text in enumerate(instructions):
-            text = text.strip().replace("_", " ").replace("\n", " ")
-            if self.reads_state:
-                numbers = " ".join(str(number) for number in bins[i])
-                row = self.encode(f"Task: {text}, State: {numbers};\nAction: ")
-            else:  # two calls, so that the newline never merges with the text
-                row = self.encode(text) + self.encode("\n")
-            row = [self.bos, *row][: self.config["max_token_len"]]
+        bins = self.state_bins(state).tolist() if self.reads_state else [()] * len(instructions)
+        for text, numbers in zip(instructions, bins):
+            row = self.row(text, numbers)[: self.config["max_token_len"]]
             rows.append(torch.tensor(row, device=self.device))
         ids = pad_sequence(rows, batch_first=True, padding_value=-1)
         return ids.clamp(min=0), ids >= 0
+
+    def row(self, text, bins=(255,) * 8):
+        """Return BOS and the token ids of one prompt, of whatever length; bins: of the state."""
+        text = text.strip().replace("_", " ").replace("\n", " ")
+        if self.reads_state:
+            numbers = " ".join(str(number) for number in bins)
+            return [self.bos, *self.encode(f"Task: {text}, State: {numbers};\nAction: ")]
+        # Two calls, so that the newline never merges with the text.
+        return [self.bos, *self.encode(text), *self.encode("\n")]
 
     def official_key(self, name):
         """Return openpi's name of a parameter."""
@@ -974,23 +977,27 @@ class Pi05(Policy):
         return files
 
     def read_statistics(self, folder):
-        """Read openpi's and RLinf's <any folder>/norm_stats.json, or LeRobot's tensors."""
-        mode = self.config.get("normalization_mapping", {}).get("ACTION", "QUANTILES")
-        if mode != "QUANTILES":
-            raise ValueError(
-                f"normalization_mapping: got {mode}; need QUANTILES; try another checkpoint"
-            )
-        for file in folder.glob("policy_p*normalizer_processor.safetensors"):
-            stats = self.statistics.setdefault("lerobot", {"action": {}, "state": {}})
+        """Return {file: {data set: statistics}} of openpi, RLinf (<any folder>) and LeRobot."""
+        found = {}
+        files = []
+        for file in sorted(folder.rglob(self.statistics_file)):
+            files.append(str(file.relative_to(folder)))
+            name = str(file.parent.relative_to(folder)).removeprefix("assets/")
+            stats = read_json(file).get("norm_stats", {})
+            stats = {part.replace("actions", "action"): stats[part] for part in stats}
+            found["norm_stats" if name == "." else name] = stats
+        for file in sorted(folder.glob("policy_p*normalizer_processor.safetensors")):
+            files.append(file.name)
             for key, value in read_safetensors(file).items():
                 part, _, statistic = key.removeprefix("observation.").rpartition(".")
-                if part in stats:
-                    stats[part][statistic] = value.tolist()
-        for file in folder.rglob("norm_stats.json"):
-            name = str(file.parent.relative_to(folder)).removeprefix("assets/")
-            stats = read_json(file)["norm_stats"]
-            stats = {part.replace("actions", "action"): stats[part] for part in stats}
-            self.statistics[name] = stats
+                if part not in ("action", "state"):
+                    continue
+                stats = found.setdefault("lerobot", {}).setdefault(part, {})
+                if stats.setdefault(statistic, value.tolist()) != value.tolist():
+                    raise ValueError(
+                        f"{files}: got two different {key}; need one; try the whole download"
+                    )
+        return {" and ".join(files): found}
 
 
 # ---- plumbing: skip on first reading -----------------------------------------------------
@@ -1002,13 +1009,15 @@ DINOV2 = dict(embed_dim=1024, depth=24, num_heads=16, patch_size=14, reg_tokens=
 SIGLIP_TIMM = dict(embed_dim=1152, depth=27, num_heads=16, patch_size=14, mlp_ratio=3.7362)
 PIXEL_MEAN = [0.485, 0.456, 0.406, 0.5, 0.5, 0.5]  # RGB of DINOv2, RGB of SigLIP
 PIXEL_STD = [0.229, 0.224, 0.225, 0.5, 0.5, 0.5]
-LLAMA = dict(  # what config.json leaves out; the epsilon is 1e-6, not Llama-2's 1e-5
+# What config.json leaves out; the epsilon is 1e-6, not Llama-2's 1e-5.
+LLAMA = dict(
     hidden_size=4096,
     num_hidden_layers=32,
     num_attention_heads=32,
     intermediate_size=11008,
     rope_theta=1e4,
     rms_norm_eps=1e-6,
+    vocab_size=32000,
 )
 SIGLIP = dict(
     hidden_size=1152,
@@ -1020,12 +1029,8 @@ SIGLIP = dict(
     hidden_act="gelu_pytorch_tanh",
     layer_norm_eps=1e-6,
 )
-GEMMA_2B = dict(
-    width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256
-)
-GEMMA_300M = dict(
-    width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256
-)
+GEMMA_2B = dict(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = dict(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
 PI05 = dict(
     action_dim=32,
     action_horizon=8,
@@ -1039,6 +1044,99 @@ LEROBOT_NAMES = dict(
     chunk_size="action_horizon",
     tokenizer_max_length="max_token_len",
 )
+STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
+
+# What is computed here, by file and field; several values in a tuple. Another value in a
+# checkpoint is refused: it would act otherwise than it was trained to.
+OPENVLA_FIELDS = {
+    "n_action_bins": 256,
+    "image_resize_strategy": "resize-naive",
+    "use_fused_vision_backbone": True,
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    "timm_override_act_layers": [None, None],
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "llm_backbone_id": "llama2-7b-pure",
+    "hf_llm_id": "meta-llama/Llama-2-7b-hf",
+    "output_projector_states": False,
+    "quantization_config": (),
+    "tie_word_embeddings": False,
+    # Fields of OpenVLA-OFT, which writes all actions at once and has an action head.
+    "use_proprio": (),
+    "proprio_dim": (),
+    "use_film": (),
+    "use_l1_regression": (),
+    "use_diffusion": (),
+    "num_images_in_input": 1,
+    "num_actions_chunk": 1,
+    "num_action_chunks": 1,
+    "text_config.model_type": "llama",
+    "text_config.hidden_act": "silu",
+    "text_config.attention_bias": False,
+    "text_config.mlp_bias": False,
+    "text_config.rope_scaling": (),
+    "text_config.rope_parameters.rope_type": "default",
+    "text_config.partial_rotary_factor": 1.0,
+    "text_config.sliding_window": (),
+    "text_config.quantization_config": (),
+    "text_config.tie_word_embeddings": False,
+    "text_config.bos_token_id": 1,
+    "text_config.eos_token_id": 2,
+}
+PREPROCESSOR_FIELDS = {
+    "image_resize_strategy": "resize-naive",
+    "tvf_do_letterbox": False,
+    "use_fused_vision_backbone": True,
+    "interpolations": ["bicubic", "bicubic"],
+    "means": [PIXEL_MEAN[:3], PIXEL_MEAN[3:]],
+    "stds": [PIXEL_STD[:3], PIXEL_STD[3:]],
+}
+PI05_FIELDS = {
+    "pi05": True,
+    "paligemma_variant": "gemma_2b",
+    "action_expert_variant": "gemma_300m",
+    "n_obs_steps": 1,
+    "use_relative_actions": False,
+    "use_delta_joint_actions": False,
+    "use_delta_joint_actions_aloha": False,
+    "adapt_to_pi_aloha": False,
+    "rtc_config.enabled": False,
+    "quantization_config": (),
+    "min_period": 4e-3,
+    "max_period": 4.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "time_sampling_beta_alpha": 1.5,
+    "time_sampling_beta_beta": 1.0,
+    "time_sampling_scale": 0.999,
+    "time_sampling_offset": 0.001,
+    "normalization_mapping.ACTION": "QUANTILES",
+    "normalization_mapping.VISUAL": "IDENTITY",
+}
+NORMALIZER = {"norm_map.ACTION": "QUANTILES", "norm_map.VISUAL": "IDENTITY", "eps": 1e-8}
+LEROBOT_STEPS = {
+    "rename_observations_processor": {},
+    "to_batch_processor": {},
+    "device_processor": {},
+    "pi0_new_line_processor": {},
+    "relative_actions_processor": {"enabled": False},
+    "absolute_actions_processor": {"enabled": False},
+    "normalizer_processor": NORMALIZER,
+    "unnormalizer_processor": NORMALIZER,
+    "tokenizer_processor": {"padding_side": "right", "truncation": True},
+    STATE_STEP: {"include_state_in_prompt": True},
+}
+# PEFT's fields that change nothing here, because the tensors tell it, or that are used. All
+# others must be empty, but for those of PEFT_FIELDS.
+PEFT_UNUSED = """auto_mapping base_model_name_or_path exclude_modules inference_mode
+layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_version
+qalora_group_size r rank_pattern runtime_config target_modules task_type""".split()
+PEFT_FIELDS = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "revision": "main",
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
 
 
 def complete_pi05(config):
@@ -1047,6 +1145,17 @@ def complete_pi05(config):
     vision = given.get("vision", {})
     vision = {name: vision.get(name, default) for name, default in SIGLIP.items()}
     return {**PI05, **given, "vision": vision, "type": "pi05"}
+
+
+def stated_settings(config):
+    """Return the settings that a config.json of openpi or LeRobot states, where it does."""
+    lerobot = any(name in config for name in LEROBOT_NAMES)
+    settings = dict(discrete_state=config.get("discrete_state_input", lerobot))
+    settings["style"] = "lerobot" if lerobot else "openpi"
+    for ours, theirs in dict(chunk="n_action_steps", steps="num_inference_steps").items():
+        if config.get(theirs):
+            settings[ours] = config[theirs]
+    return settings
 
 
 # ---- the decoder: Llama, Gemma and the action expert -------------------------------------
@@ -1127,9 +1236,7 @@ class DecoderLayer(nn.Module):
     def heads(self, x, layer):
         """(B, .., D) -> (B, heads, T, hd)."""
         y = layer(x)
-        return y.view(len(y), -1, y.shape[-1] // self.head_dim, self.head_dim).transpose(
-            1, 2
-        )
+        return y.view(len(y), -1, y.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def forward(self, x, rotary, mask, past, cond):
         h, gate = self.input_layernorm(x, cond)
@@ -1244,9 +1351,7 @@ class ViT(nn.Module):
         super().__init__()
         dim = embed_dim
         hidden = int(dim * mlp_ratio)
-        self.patch_embed = nn.ModuleDict(
-            dict(proj=nn.Conv2d(3, dim, patch_size, patch_size))
-        )
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch_size) ** 2, dim))
         self.blocks = nn.ModuleList(
             ViTBlock(dim, num_heads, hidden, layer_scale=reg_tokens > 0)
@@ -1283,9 +1388,7 @@ def resize_openvla(images, size, crop):
         if crop:
             images = resize_lanczos3(images, size)
         else:
-            images = [
-                Image.fromarray(x).resize((size, size), Image.BICUBIC) for x in images
-            ]
+            images = [Image.fromarray(x).resize((size, size), Image.BICUBIC) for x in images]
             images = np.stack(images)
     return center_crop_90(images, size) if crop else images
 
@@ -1339,10 +1442,7 @@ def resize_with_pad(images, size, style):
         x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
         x = x.permute(0, 2, 3, 1).numpy()
     else:
-        x = [
-            Image.fromarray(image).resize((width, height), Image.BILINEAR)
-            for image in images
-        ]
+        x = [Image.fromarray(image).resize((width, height), Image.BILINEAR) for image in images]
         x = np.stack(x).astype(np.float32) / 255 * 2 - 1
     top = (size - height) // 2  # an odd remainder goes to the bottom and the right
     left = (size - width) // 2
@@ -1377,9 +1477,7 @@ def attach_lora(layer, rank, alpha):
 
 def lora_modules(policy):
     """Return the adapted layers, name -> layer."""
-    return {
-        name: layer for name, layer in policy.named_modules() if hasattr(layer, "lora_A")
-    }
+    return {name: layer for name, layer in policy.named_modules() if hasattr(layer, "lora_A")}
 
 
 def add_lora(policy, rank, seed=0):
@@ -1390,7 +1488,8 @@ def add_lora(policy, rank, seed=0):
     ranks = {len(layer.lora_A.weight) for layer in lora_modules(policy).values()}
     if ranks and ranks != {rank}:
         raise ValueError(
-            f"lora_rank: got {rank}; need {ranks}, as saved; try that, or merge=True"
+            f"lora_rank: got {rank}; need {ranks}, as saved; try --lora-rank with that, or "
+            "--load merge=true"
         )
     if ranks:
         return
@@ -1419,12 +1518,8 @@ def save_lora(policy, folder, base):
         name = policy.official_key(name)
         ranks[name] = len(layer.lora_A.weight)
         alpha = layer.lora_scale * ranks[name]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = (
-            layer.lora_A.weight.detach().cpu()
-        )
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (
-            layer.lora_B.weight.detach().cpu()
-        )
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.weight.detach().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.weight.detach().cpu()
     config = dict(
         peft_type="LORA",
         base_model_name_or_path=base,
@@ -1439,40 +1534,98 @@ def save_lora(policy, folder, base):
 
 
 def load_lora(policy, folder):
-    """Attach the adapters of a PEFT folder. Ranks are read off the tensors."""
+    """Attach the adapters of a PEFT folder, all of them. Ranks are read off the tensors."""
     config = read_json(folder / "adapter_config.json")
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     layers = dict(policy.named_modules())
-    names = {}
-    for key in tensors:
-        if ".lora_A." in key:
-            name = key.split(".lora_")[0]
-            names[name] = policy.internal_key(name.removeprefix("base_model.model."))
-    wrong = [key for key in ("use_dora", "use_rslora", "alpha_pattern") if config.get(key)]
-    wrong += [name for name in names.values() if name not in layers]
+    weights = dict(policy.named_parameters())
+    targets = {}  # tensor of the file -> our parameter
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".lora_")
+        internal = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        internal = policy.internal_key(internal)
+        if part == "A.weight" and isinstance(layers.get(internal), (nn.Linear, nn.Conv2d)):
+            layer = layers[internal]
+            attach_lora(layer, len(tensor), config.get("lora_alpha", 8))  # PEFT's default
+            targets[f"{name}.lora_A.weight"] = layer.lora_A.weight
+            targets[f"{name}.lora_B.weight"] = layer.lora_B.weight
+        elif not part and internal in weights:
+            targets[key] = weights[internal]
+    wrong = sorted(tensors.keys() ^ targets.keys())
+    for key in tensors.keys() & targets.keys():
+        same = tensors[key].shape == targets[key].shape
+        if ".lora_" not in key:  # PEFT stores the weight of the base, too, of an lm_head
+            same = same and tensors[key].float().equal(targets[key])
+        if not same:
+            wrong.append(key)
     if wrong:
         raise ValueError(
-            f"adapter {folder}: got {wrong}; need plain LoRA of this policy's layers; "
-            "try the base model it was trained on"
+            f"{folder}: got {len(wrong)} wrong tensors like {wrong[:3]}; need lora_A and lora_B "
+            "of layers of this policy; try --load base=PATH with the model it belongs to"
         )
-    for name, internal in names.items():
-        a = tensors[f"{name}.lora_A.weight"]
-        layer = layers[internal]
-        attach_lora(layer, len(a), config["lora_alpha"])
-        layer.lora_A.weight.data.copy_(a)
-        layer.lora_B.weight.data.copy_(tensors[f"{name}.lora_B.weight"])
+    for key, parameter in targets.items():
+        parameter.data.copy_(tensors[key])
 
 
 # ---- checkpoints -------------------------------------------------------------------------
+# What is read is used or refused: whatever in a folder changes actions, and is not honoured
+# here, stops the loading by its name. What was chosen for the user is said in policy.notes.
 
 PASSED_ON = ("tokenizer_config.json", "preprocessor_config.json", "generation_config.json")
+WEIGHT_FILES = ".safetensors .pt .pth .bin .ckpt .h5 .msgpack .gguf .pkl".split()
+STATISTICS = re.compile(r".*(stats|statistics)\w*\.json")
+DUMPS = "model_state_dict/full_wei*ts.pt"  # RLinf's, which sometimes are full_weigths.pt
+# Files like weights that are read elsewhere, or hold the state of somebody's training.
+BESIDE = re.compile(
+    r"heads\.safetensors|policy_\w+normalizer_processor\.safetensors"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|training_|trainer_|resume|metadata).*"
+)
+# Tensors of other models, by the beginnings of their names.
+FOREIGN = {
+    "action_head.": "OpenVLA-OFT, whose actions are not tokens",
+    "proprio_projector.": "OpenVLA-OFT, which reads the state",
+    "noisy_action_projector.": "OpenVLA-OFT, whose actions are not tokens",
+    "state_proj.": "pi0, not pi0.5",
+    "action_time_mlp_": "pi0, not pi0.5",
+}
+
+
+def disguise(path):
+    """Return what a file is instead of what its name says, if that is known, and a remedy."""
+    if not path.is_file():
+        return "no such file", "the whole download, or the folder that holds it"
+    with path.open("rb") as file:
+        head = file.read(200).lstrip()
+    if not head:
+        return "an empty file", "to download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer", "git lfs pull"
+    if head.startswith(b"<"):
+        return "an HTML page", "hf download, or another address"
+    return None, "to download it again"
+
+
+def read_file(path, what, read):
+    """Return read(path); where that fails, raise a ValueError that says what the file is."""
+    try:
+        return read(path)
+    except Exception as error:  # of several libraries; their words say what is wrong
+        found, remedy = disguise(path)
+        raise ValueError(f"{path}: got {found or error}; need {what}; try {remedy}") from None
+
+
+def parse_json(path):
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise TypeError(f"a {type(value).__name__}")
+    return value
 
 
 def read_json(path, default=None):
     """Return the content of a JSON file, or the default, if there is one, without a file."""
     if default is not None and not path.exists():
         return default
-    return json.loads(path.read_text())
+    return read_file(path, "a JSON object", parse_json)
 
 
 def write_json(path, value):
@@ -1484,38 +1637,163 @@ def write_json(path, value):
 
 
 def read_safetensors(path):
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError or OSError: its words say what is wrong
-        raise ValueError(f"{path}: got {error}; need safetensors; try to download it again")
+    return read_file(path, "safetensors", load_file)
 
 
-def read_tensors(folder):
-    """Return all weights of a folder: its *.safetensors, or RLinf's full_weights.pt."""
+def read_dump(path):
+    """Return the tensors of a file of torch.save."""
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not all(torch.is_tensor(value) for value in tensors.values()):
+        raise TypeError(f"entries {list(tensors)[:3]}")
+    return tensors
+
+
+def first(folders, name):
+    """Return the path of the first file of that name, or None."""
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    return None
+
+
+def first_json(folders, name):
+    """Return the content of the first JSON file of that name, {} without one."""
+    file = first(folders, name)
+    return read_json(file) if file else {}
+
+
+def weight_names(folder):
+    """Return the files that hold the weights: *.safetensors, by the index if there is one."""
+    index = read_json(folder / "model.safetensors.index.json", {})
+    if index:
+        return sorted(set(index.get("weight_map", {}).values()))
+    names = [file.name for file in sorted(folder.glob("*.safetensors"))]
+    dumps = [str(dump.relative_to(folder)) for dump in sorted(folder.rglob(DUMPS))]
+    beside = ("adapter_model.safetensors", *filter(BESIDE.fullmatch, names))
+    return [name for name in names if name not in beside] or dumps[:1]
+
+
+def check_files(policy, folder, used, problems):
+    """Note weights that are missing, and weights and statistics that nothing here reads."""
+    names = {str(dump.relative_to(folder)) for dump in folder.rglob(DUMPS)}
+    for file in folder.iterdir():
+        if file.suffix in WEIGHT_FILES or STATISTICS.fullmatch(file.name):
+            names.add(file.name)
+    missing = [name for name in used if not (folder / name).is_file()]
+    problems.need(used, folder, "no weights", "*.safetensors", "the whole download")
+    problems.need(not missing, folder, f"no {missing}", "all weights", "the whole download")
+    names -= {*used, policy.statistics_file}
+    unread = sorted(name for name in names if not BESIDE.fullmatch(name))
+    why = "which nothing here reads"
+    remedy = "safetensors instead, or to move away what is no part of the policy"
+    if re.search("--|action_head|proprio", " ".join(unread)):
+        why = "parts of OpenVLA-OFT, whose actions are not tokens"
+        remedy = OTHER
+    problems.need(not unread, folder, f"{unread}, {why}", f"{used} alone", remedy)
+
+
+def check_fields(file, config, fields, problems):
+    """Note the fields of a JSON object that say something else than what is computed here."""
+    for field, values in fields.items():
+        given = config
+        for key in field.split("."):
+            given = given.get(key) if isinstance(given, dict) else None
+        if not isinstance(values, tuple):
+            values = (values,)
+        need = " or ".join(str(value) for value in values) or "nothing there"
+        problems.need(given in (None, *values), file, f"{field} {given}", need, OTHER)
+
+
+def check_config(policy, folders, problems):
+    """Note what a checkpoint's JSON files demand and is not done here."""
+    size = policy.image_size
+    config = policy.config
+    if policy.kind == "openvla":
+        text = {**LLAMA, **config.get("text_config", {})}
+        heads = text["num_attention_heads"]
+        fields = dict(OPENVLA_FIELDS, image_sizes=[size, size])
+        fields["text_config.num_key_value_heads"] = heads
+        fields["text_config.head_dim"] = text["hidden_size"] // heads
+        name = "preprocessor_config.json"
+        images = dict(PREPROCESSOR_FIELDS, input_sizes=[[3, size, size]] * 2)
+        check_fields(name, first_json(folders, name), images, problems)
+    else:
+        fields = dict(PI05_FIELDS, image_resolution=[size, size])
+        fields["output_features.action.shape"] = ([ACTION_DIM], [policy.action_dim])
+        if policy.reads_state:
+            fields["normalization_mapping.STATE"] = "QUANTILES"
+        for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+            check_steps(policy, name, first_json(folders, name), problems)
+    check_fields("config.json", config, fields, problems)
+
+
+def check_adapter(policy, adapter, folder, problems):
+    """Note what is wrong with a PEFT folder for a base folder; None: there are no adapters."""
+    for file in folder.glob("*/adapter_config.json"):
+        if file.parent.resolve() != adapter:
+            policy.notes.append(f"adapter: none of {file.parent}; --load adapter=PATH takes it")
+    if adapter is None:
+        return
+    policy.notes.append(f"adapter: {adapter} on the base {folder}")
+    check_files(policy, adapter, ["adapter_model.safetensors"], problems)
+    config = read_json(adapter / "adapter_config.json")
+    fields = {name: () for name in config if config[name] and name not in PEFT_UNUSED}
+    fields.update(PEFT_FIELDS)
+    check_fields(adapter / "adapter_config.json", config, fields, problems)
+
+
+def check_steps(policy, file, processor, problems):
+    """Note the steps of one of LeRobot's processors that are not done here."""
+    for step in processor.get("steps") or []:
+        name = step.get("registry_name") or step.get("class")
+        known = name in LEROBOT_STEPS
+        problems.need(known, file, f"step {name}", f"one of {list(LEROBOT_STEPS)}", OTHER)
+        fields = dict(LEROBOT_STEPS.get(name, {}), max_length=policy.config["max_token_len"])
+        if policy.reads_state:
+            fields["norm_map.STATE"] = "QUANTILES"
+        check_fields(f"{file}: {name}", step.get("config", {}), fields, problems)
+
+
+def read_tensors(folder, names):
+    """Return all tensors of some files of a folder."""
     tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        if not file.name.startswith(("policy_", "heads", "adapter")):
-            tensors.update(read_safetensors(file))
-    if not tensors:
-        for dump in folder.rglob("model_state_dict/full_weights.pt"):
-            tensors = torch.load(dump, map_location="cpu", weights_only=True)
+    for name in names:
+        if name.endswith(".safetensors"):
+            found = read_safetensors(folder / name)
+        else:
+            found = read_file(folder / name, "a dict of tensors", read_dump)
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise ValueError(
+                f"{folder}: got {twice[0]} in two of {names}; need each tensor once; "
+                "try to move one of the files away"
+            )
+        tensors.update(found)
     return tensors
 
 
 def load_tensors(policy, tensors):
-    """Load official weights, strictly: one error lists all tensors that are missing or wrong."""
+    """Load official weights, strictly: one error lists all tensors that are missing or wrong.
+
+    Returns the tensors of the value and noise heads of somebody's RL, if there are some.
+    """
     tensors = {policy.internal_key(key): value for key, value in tensors.items()}
+    problems = Problems()
+    for start, model in FOREIGN.items():
+        found = list(starting(tensors, start))
+        problems.need(not found, "weights", f"{found[:2]} of {model}", policy.kind, OTHER)
+    whole = [key for key, value in tensors.items() if not value.is_floating_point()]
+    problems.need(not whole, "weights", f"integers in {whole[:2]}", "floating point", OTHER)
+    problems.stop()
     if policy.tied_embedding and "lm_head.weight" in tensors:
         # If both are stored, embed_tokens is the right one and lm_head a decoy.
         lm_head = tensors.pop("lm_head.weight")
         tensors.setdefault("language_model.embed_tokens.weight", lm_head)
-    # RL fine-tunes of others hold these, too.
-    extra = (*HEADS, "proprio_projector.", "action_head.", "gemma_expert.lm_head.")
-    state = {
-        key: value for key, value in policy.state_dict().items() if key.startswith(HEADS)
-    }
+    tensors.pop("gemma_expert.lm_head.weight", None)  # in openpi's files; nothing reads it
+    heads = starting(tensors, HEADS)
+    state = starting(policy.state_dict(), HEADS)
     for key, value in tensors.items():
-        if not key.startswith(extra):
+        if key not in heads:
             state[key] = value.float()
     try:
         policy.load_state_dict(state, assign=True)
@@ -1524,6 +1802,102 @@ def load_tensors(policy, tensors):
             f"weights: got {error}; need those that config.json describes; "
             "try the whole download, and its own config.json"
         )
+    return heads
+
+
+def starting(tensors, start):
+    """Return the tensors whose names start so."""
+    return {key: value for key, value in tensors.items() if key.startswith(start)}
+
+
+def take_heads(policy, heads):
+    """Copy value and noise head of a checkpoint, where they have our names and shapes."""
+    for start in HEADS:
+        own = starting(policy.state_dict(), start)
+        given = starting(heads, start)
+        shapes = {key: value.shape for key, value in given.items()}
+        if shapes == {key: value.shape for key, value in own.items()}:
+            policy.load_state_dict(given, strict=False)
+        elif own:
+            why = "the checkpoint's has other tensors" if given else "the checkpoint has none"
+            policy.notes.append(f"{start[:-1]}: starts anew, because {why}")
+
+
+def range_fault(numbers, size=ACTION_DIM):
+    """Say what is wrong with {"q01": .., "q99": ..} of actions, or of a state (size None)."""
+    fine = isinstance(numbers, dict)
+    if not fine or numbers.get("q01") is None or numbers.get("q99") is None:
+        return f"no q01 and q99, but {list(numbers or [])}"
+    try:
+        low, high = np.array([numbers["q01"], numbers["q99"]], float)
+        count = len(low)
+    except (TypeError, ValueError):
+        return "q01 and q99 that are not two lists of equally many numbers"
+    if len(numbers.get("mask") or low) != count:
+        return f"{count} numbers, but a mask of {len(numbers['mask'])}"
+    if not np.isfinite(high - low).all():
+        return "numbers that are not finite"
+    if (low > high).any():
+        return f"q01 above q99 in dimensions {np.flatnonzero(low > high).tolist()}"
+    beyond = [*low[ACTION_DIM:], *high[ACTION_DIM:]]
+    if size and (count < size or np.abs(beyond).sum() > PADDING):
+        return f"{count} numbers"
+    return None
+
+
+def load_statistics(policy, folders, asked):
+    """Take the first file that has statistics, or that has the data set that was asked for."""
+    found = {}
+    names = []
+    for folder in folders:
+        for file, stats in policy.read_statistics(folder).items():
+            found[f"{file} in {folder}"] = stats
+            names += stats
+    problems = Problems()
+    known = asked in (None, "none", *names)
+    problems.need(known, "unnorm_key", asked, f"one of {names}", "--load unnorm_key=NAME")
+    problems.stop()
+    files = [file for file, stats in found.items() if asked in (None, *stats) and stats]
+    if not files:
+        policy.settings["unnorm_key"] = None
+        policy.notes.append("statistics: none; --statistics data takes the demonstrations'")
+        return
+    policy.statistics = found[files[0]]
+    if policy.settings["unnorm_key"] not in policy.statistics:
+        policy.settings["unnorm_key"] = None  # chosen for the base of an adapter
+    key = policy.settings["unnorm_key"]
+    chosen = [key] if key else list(policy.statistics)
+    for name in chosen:
+        stats = policy.statistics[name]
+        fault = range_fault(stats.get("action"))
+        if policy.reads_state and "state" in stats:
+            fault = fault or range_fault(stats["state"], None)
+        problems.need(
+            not fault,
+            f"statistics {name}, {files[0]}",
+            fault,
+            "7 end-effector deltas with q01 <= q99",
+            f"--load unnorm_key=NAME of {names}, or none with --statistics data",
+        )
+    if len(problems) == len(chosen):
+        problems.stop()
+    policy.notes.append(f"statistics: {' or '.join(chosen)}, {files[0]}")
+    if len(chosen) > 1:
+        policy.notes.append("statistics: none chosen yet; --load unnorm_key=NAME chooses")
+
+
+def load_tokenizer(policy, folders, path):
+    """Read a tokenizer.json: that of `path`, a file or a folder, or the first of the folders."""
+    path = Path(path) if path else first(folders, "tokenizer.json")
+    if path is None:
+        policy.notes.append("tokenizer: none; --load tokenizer=PATH gives one")
+        return
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    policy.tokenizer = read_file(path, "a tokenizer", lambda path: Tokenizer.from_file(str(path)))
+    policy.tokenizer.no_padding()
+    policy.tokenizer.no_truncation()
+    policy.notes.append(f"tokenizer: {path}")
 
 
 def official_tensors(policy):
@@ -1549,9 +1923,7 @@ def save_policy(policy, folder):
     files["policy.json"] = dict(settings=policy.settings, lora=adapted)
     for name, content in files.items():
         write_json(folder / name, content)
-    heads = {
-        key: value for key, value in policy.state_dict().items() if key.startswith(HEADS)
-    }
+    heads = starting(policy.state_dict(), HEADS)
     for name, tensors in dict(model=official_tensors(policy), heads=heads).items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -1592,8 +1964,11 @@ def init_weights(policy, seed, only=""):
 
 
 def find_folder(name):
-    """Return the folder of a bundled name, a folder, or a hub id."""
+    """Return the folder of a bundled name, a folder, a run (its RUN/policy), or a hub id."""
     folder = BUNDLED.get(name, Path(name))
+    inside = folder / "policy"
+    if inside.is_dir() and not (folder / "config.json").exists():
+        return inside
     if folder.is_dir():
         return folder
     known = f"one of {list(BUNDLED)}, a folder, or a hub id like openvla/openvla-7b"
@@ -1607,21 +1982,50 @@ def find_folder(name):
         raise ValueError(f"policy {name}: got {error}; need {known}; try a local copy")
 
 
-def find_base(name):
-    """Return the folder of the base model, and that of the adapters if name is one, or None."""
+def find_base(name, base=None):
+    """Return the folder of the base model, and that of the adapters if name is one, or None.
+
+    base: where the base model is, if not where adapter_config.json says
+    """
     folder = find_folder(name)
-    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+    file = folder / "adapter_config.json"
+    problems = Problems()
+    if not file.exists():
+        problems.need(not base, "base", base, f"none, as {folder} has no {file.name}", "without")
+        problems.stop()
         return folder, None
-    base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-    local = folder / base
-    return find_folder(local if local.is_dir() else base), folder
+    whole = weight_names(folder)
+    problems.need(not whole, file, f"{whole} beside it", "one of them", "to move one away")
+    problems.stop()
+    if base:
+        return find_folder(base), folder
+    base = str(read_json(file).get("base_model_name_or_path"))
+    try:
+        return find_folder(folder / base if (folder / base).is_dir() else base), folder
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: got the base {base} ({error}); need the model it was trained on; "
+            "try --load base=PATH"
+        )
+
+
+def find_adapter(folder, paths):
+    """Return the one folder of adapters for a base, or None."""
+    if read_json(folder / "policy.json", {}).get("lora"):
+        paths = (*paths, folder / "lora")
+    found = [find_folder(path).resolve() for path in paths if path]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"adapters: got {[str(path) for path in found]}; need one; try to merge one first, "
+            "with sft_warmstart.py --steps 0 --load merge=true"
+        )
+    return found[0] if found else None
 
 
 def kind_of(config):
-    """Return the kind of policy that a config.json describes."""
-    if "action_horizon" in config:
-        return "pi05"
-    return config.get("model_type") or config.get("type")
+    """Return the kind of policy that a config.json describes; openpi's does not name it."""
+    default = "pi05" if "action_horizon" in config else None
+    return config.get("model_type") or config.get("type") or default
 
 
 def build(config, **settings):
@@ -1629,49 +2033,62 @@ def build(config, **settings):
     kind = kind_of(config)
     classes = dict(openvla=OpenVLA, pi05=Pi05)
     if kind not in classes:
+        raise ValueError(f"config.json: got type {kind}; need openvla or pi05; try {OTHER}")
+    try:
+        with torch.device("meta"):
+            return classes[kind](config, **settings)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"config.json: got type {kind}; need openvla or pi05; try another one"
-        )
-    with torch.device("meta"):
-        return classes[kind](config, **settings)
+            f"config.json or settings: got {type(error).__name__}, {error}; need what {kind} "
+            f"has; try the whole download, or {OTHER}"
+        ) from error
 
 
 def load_policy(
-    name, device="cpu", dtype="float32", *, adapter=None, merge=False, lora_rank=0,
+    name, device="cpu", dtype="float32", *, base=None, adapter=None, merge=False, lora_rank=0,
     freeze="none", gradient_checkpointing=False, tokenizer=None, seed=0, **settings
 ):
     """Return a policy from a bundled name, a folder or a hub id; errors are ValueErrors.
 
     dtype      "float32", or "bf16": autocast over float32 weights
+    base       base model of a `name` that is a PEFT folder, if not where that says
     adapter    PEFT folder; a `name` that is one brings its base model along. Adapters train and
                the base is frozen; merge=True folds them into the weights
     lora_rank  > 0: fresh adapters, unless the checkpoint has some
     freeze     "none", "vision" (features may be cached), "vlm" (only expert and heads train)
     tokenizer  path of a tokenizer.json, for checkpoints that come without one
     seed       of the heads, where the checkpoint has none, and of fresh adapters
-    settings   see OpenVLA and Pi05; those saved with the policy are the defaults
+    settings   see OpenVLA and Pi05; those saved with the policy are the defaults. unnorm_key
+               "none" leaves out the statistics, for training with others
+
+    Files of an adapter's folder count before those of its base. policy.notes tells in a few
+    lines what was chosen.
     """
     if dtype not in ("float32", "bf16"):
-        raise ValueError(f"dtype: got {dtype}; need float32 or bf16; try float32")
-    folder, own_adapter = find_base(name)
-    saved = read_json(folder / "policy.json", {})
-    settings = {**saved.get("settings", {}), **settings}
-    policy = build(read_json(folder / "config.json"), **settings)
-    load_tensors(policy, read_tensors(folder))
+        raise ValueError(f"dtype: got {dtype}; need float32 or bf16; try --dtype float32")
+    folder, own_adapter = find_base(name, base)
+    adapter = find_adapter(folder, (adapter, own_adapter))
+    folders = [adapter, folder] if adapter else [folder]
+    config = read_json(first(folders, "config.json") or folder / "config.json")
+    policy = build(config, **{**saved_settings(folders), **settings})
+    weights = weight_names(folder)
+    problems = Problems()
+    check_config(policy, folders, problems)
+    check_files(policy, folder, weights, problems)
+    check_adapter(policy, adapter, folder, problems)
+    problems.stop()
+    load_statistics(policy, folders, settings.get("unnorm_key"))
+    load_tokenizer(policy, folders, tokenizer)
+    note_inputs(policy)
+    heads = load_tensors(policy, read_tensors(folder, weights))
     init_weights(policy, seed, only=HEADS)
-    if saved:
-        policy.load_state_dict(read_safetensors(folder / "heads.safetensors"), strict=False)
-    policy.read_statistics(folder)
-    files = [folder / file for file in PASSED_ON if (folder / file).exists()]
+    file = first(folders, "heads.safetensors")
+    take_heads(policy, read_safetensors(file) if file else heads)
+    files = filter(None, [first(folders, name) for name in PASSED_ON])
     policy.passed_on = {file.name: file.read_bytes() for file in files}
     policy.bf16 = dtype == "bf16"
-    tokenizer = Path(tokenizer or folder / "tokenizer.json")
-    if tokenizer.exists():
-        policy.tokenizer = Tokenizer.from_file(str(tokenizer))
-    if not adapter and not own_adapter and saved.get("lora"):
-        own_adapter = folder / "lora"
-    if adapter or own_adapter:
-        load_lora(policy, find_folder(adapter or own_adapter))
+    if adapter:
+        load_lora(policy, adapter)
     if merge:
         merge_lora(policy)
     if lora_rank:
@@ -1682,22 +2099,130 @@ def load_policy(
     return policy.to(device).eval()  # there is no dropout; OpenVLA crops
 
 
+def saved_settings(folders):
+    """Return the settings that the files of the folders hold, the first folder's first."""
+    saved = {}
+    for folder in reversed(folders):
+        steps = read_json(folder / "policy_preprocessor.json", {}).get("steps")
+        if steps:  # LeRobot writes the state into the prompt, or does not
+            names = [step.get("registry_name") for step in steps]
+            saved["discrete_state"] = STATE_STEP in names
+        saved.update(read_json(folder / "policy.json", {}).get("settings", {}))
+    return saved
+
+
+def note_inputs(policy):
+    """Note what pi0.5 was made to read and to execute."""
+    if policy.kind != "pi05":
+        return
+    style = policy.settings["style"]
+    state = "without the state"
+    if policy.reads_state:
+        state = "with the numbers of the state (LeRobot up to 0.4.4 padded them to 32)"
+    policy.notes.append(f"prompt: {state}, style {style}")
+    policy.notes.append(
+        f"actions: {policy.chunk} of {policy.horizon} are executed, after {policy.steps} steps"
+    )
+    features = policy.config.get("input_features") or {}
+    cameras = [name for name, feature in features.items() if feature.get("type") == "VISUAL"]
+    if cameras:
+        policy.notes.append(f"cameras: {cameras}, in this order; those not given are missing")
+
+
+def parse_load(pairs):
+    """Turn ["key=value", ..] of --load, or None, into keyword options of load_policy.
+
+    Values have the types of the defaults in SETTINGS; two numbers are written 0.08,0.16.
+    Raises one ValueError that lists all wrong pairs.
+    """
+    kinds = dict(base=str, adapter=str, tokenizer=str, merge=bool)
+    for key, default in {**Pi05.SETTINGS, **OpenVLA.SETTINGS}.items():
+        kinds[key] = type(default)
+    kinds.update(unnorm_key=str, horizon=int)  # their defaults are None
+    known = ", ".join(f"{key}={kind.__name__}" for key, kind in kinds.items())
+    problems = Problems()
+    options = {}
+    for pair in pairs or ():
+        key, _, text = pair.partition("=")
+        value = parse_value(text, kinds.get(key))
+        fine = value is not None and key not in options
+        remedy = "--load temperature=0.8 discrete_state=true noise_std=0.08,0.16"
+        problems.need(fine, "--load", pair, f"some of {known}, once each", remedy)
+        options[key] = value
+    problems.stop()
+    return options
+
+
+def parse_value(text, kind):
+    """Return the value of that type, or None if the text is none of it."""
+    if not text or kind is None:
+        return None
+    if kind is bool:
+        return dict(true=True, false=False).get(text.lower())
+    try:
+        if kind is tuple:
+            low, high = text.split(",")
+            return float(low), float(high)
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def check_texts(policy, texts):
+    """Warn of instructions that a policy's tokenizer does not know, or that its prompt cuts off.
+
+    Raises ValueError if two different tasks become the same tokens. A policy without tokenizer
+    and row(text) is left alone.
+    """
+    tokenizer = getattr(policy, "tokenizer", None)
+    if tokenizer is None or not hasattr(policy, "row"):
+        return
+    limit = policy.config.get("max_token_len")
+    shares = {}  # of the tokens that are unknown
+    cut = []
+    tasks = {}  # token ids -> task
+    problems = Problems()
+    for text in texts:
+        ids = policy.encode(text)
+        unknown = ids.count(tokenizer.token_to_id("<unk>"))
+        if unknown:
+            shares[text] = unknown / len(ids)
+        row = policy.row(text)
+        if limit and len(row) > limit:
+            cut.append(text)
+        task = " ".join(text.lower().replace("_", " ").split())
+        other = tasks.setdefault(tuple(row[:limit]), task)
+        problems.need(
+            task == other, "instructions", f"{text!r}, the same tokens as {other!r}",
+            "different tokens for different tasks", "English words, or --load tokenizer=PATH"
+        )
+    problems.stop()
+    if shares:
+        text = max(shares, key=shares.get)
+        warnings.warn(
+            f"{len(shares)} of {len(texts)} instructions have words that the tokenizer does not "
+            f"know: of {text!r}, {shares[text]:.0%} of the tokens are <unk>"
+        )
+    if cut:
+        count = f"{len(cut)} of {len(texts)}"
+        warnings.warn(f"{count} prompts are cut off at {limit} tokens, such as {cut[0]!r}")
+
+
 def set_trainable(policy, freeze):
     """Train the adapters, or else everything, minus what `freeze` names; the heads always."""
     frozen = dict(none=(), vision=policy.vision, vlm=policy.vlm)
     if freeze not in frozen:
-        raise ValueError(f"freeze: got {freeze}; need one of {list(frozen)}; try vision")
+        raise ValueError(f"freeze: got {freeze}; need one of {list(frozen)}; try --freeze vision")
     adapted = bool(lora_modules(policy))
     trainable = set()
     for name, _ in policy.named_parameters():
-        if not name.startswith((*HEADS, *frozen[freeze])) and (
-            ".lora_" in name or not adapted
-        ):
+        trains = ".lora_" in name or not adapted
+        if trains and not name.startswith((*HEADS, *frozen[freeze])):
             trainable.add(name)
     if not trainable:
         raise ValueError(
             f"freeze: got {freeze}, which leaves {policy.kind} nothing to train but the heads; "
-            "need more than that; try vision or none"
+            "need more than that; try --freeze vision or none"
         )
     for name, p in policy.named_parameters():
         p.requires_grad_(name in trainable or name.startswith(HEADS))
@@ -1706,30 +2231,24 @@ def set_trainable(policy, freeze):
 # ---- tiny policies -----------------------------------------------------------------------
 
 # A new word changes the size of the embedding, so that the bundled policies need re-training.
-WORDS = (
-    """pick up the object on table and place it into white tray put plate bowl push cube to
-open close drawer red green blue yellow orange purple pink brown black gray a of in from left right
-top bottom middle block can banana carrot bottle cup box ball spoon mug sponge apple lemon pepper
-bread toy goal target move forward away front one thing dish drop round slide pull shut out it must
-be handle grey white belongs robot shove""".split()
-)
+WORDS = """pick up the object on table and place it into white tray put plate bowl push cube to
+open close drawer red green blue yellow orange purple pink brown black gray a of in from left
+right top bottom middle block can banana carrot bottle cup box ball spoon mug sponge apple lemon
+pepper bread toy goal target move forward away front one thing dish drop round slide pull shut
+out it must be handle grey white belongs robot shove""".split()
 SPECIAL = dict(openvla=["<unk>", "<s>", "</s>"], pi05=["<pad>", "<eos>", "<bos>", "<unk>"])
+TINY_GEMMA = dict(depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32)
 TINY = dict(
     openvla=dict(
         model_type="openvla",
         image_sizes=[64, 64],
         pad_to_multiple_of=64,
         tiny_timm_kwargs=dict(
-            featurizer=dict(
-                embed_dim=32, depth=2, num_heads=1, patch_size=16, reg_tokens=1
-            ),
+            featurizer=dict(embed_dim=32, depth=2, num_heads=1, patch_size=16, reg_tokens=1),
             fused_featurizer=dict(embed_dim=128, depth=3, num_heads=4, patch_size=16),
         ),
         text_config=dict(
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
         ),
     ),
     pi05=dict(
@@ -1744,10 +2263,8 @@ TINY = dict(
             image_size=64,
             patch_size=16,
         ),
-        vlm=dict(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
-        expert=dict(
-            width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32
-        ),
+        vlm=dict(width=128, **TINY_GEMMA),
+        expert=dict(width=96, **TINY_GEMMA),
     ),
 )
 
@@ -1760,21 +2277,14 @@ def tiny_tokenizer(kind):
     are the actions.
     """
     pieces = ["▁", "▁In:▁What▁action▁should▁the▁robot▁take▁to", "?\nOut:", "\n"]
-    pieces += [
-        "Task:▁",
-        ",▁State:▁",
-        ";\nAction:▁",
-        *("▁" + word for word in WORDS),
-        *WORDS,
-    ]
+    pieces += ["Task:▁", ",▁State:▁", ";\nAction:▁", *("▁" + word for word in WORDS), *WORDS]
     pieces += [chr(i) for i in range(33, 127)]
     pieces = SPECIAL[kind] + list(dict.fromkeys(pieces))
     steps = [normalizers.Replace(" ", "▁")]
     if kind == "openvla":
         pieces += [chr(0xE000 + i) for i in range(256)]
-        steps.insert(
-            0, normalizers.Prepend("▁")
-        )  # Llama starts with a space, Gemma does not
+        # Llama starts with a space, Gemma does not.
+        steps.insert(0, normalizers.Prepend("▁"))
     scored = [(piece, -1.0) for piece in pieces]
     tokenizer = Tokenizer(models.Unigram(scored, pieces.index("<unk>"), False))
     tokenizer.normalizer = normalizers.Sequence(steps)

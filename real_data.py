@@ -6,8 +6,8 @@ is realised by sampling: a sample is simulated with probability alpha and real o
 whatever the sizes of the two sets.
 
     python real_data.py demos/real --make --domain real --task open-drawer --episodes 50
-    python real_data.py demos/real                            # data set card, contact sheet
-    python real_data.py my_data --convert my_robot.py         # your robot: see open_dataset
+    python real_data.py my_data --policy openvla              # the doctor: is it ready to train?
+    python real_data.py my_data --convert degrees             # other conventions: CONVERSIONS
 
     demos = open_dataset("demos/real", image_size=64, horizon=8)     # LeRobot folder or hub id
     train, held_out = demos.split(0.1)                               # whole episodes
@@ -35,7 +35,10 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
+import shutil
+import socket
 import sys
 import tempfile
 import typing
@@ -51,10 +54,11 @@ from tqdm import tqdm
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper_opening", "zero")
 MIN_RANGE = 1e-3       # m or rad; a dimension with q99 - q01 below this hardly moves
-MAX_MOVE = 0.1         # m per control step; a longer move is hardly a delta in metres
-MAX_TURN = 0.5         # rad per control step; a larger turn is hardly a delta in radians
+MAX_SPEED = 1.0        # m/s; what moves faster is hardly a delta in metres
+MAX_TURN_SPEED = 5.0   # rad/s; what turns faster is hardly a delta in radians
+ODD_SHARE = 0.01       # share of odd frames that is refused; fewer are warned of
+PAUSE_SPEED = 0.015    # m/s; slower frames are pauses, which training leaves out
 EXPERT_NOISE = 0.005   # m; disturbs what the scripted expert executes, not what is recorded
-CONVERT = "a convert function (--convert of real_data.py), see open_dataset"
 
 
 def cores():
@@ -136,15 +140,14 @@ class Demos:
     def __init__(self, recording, frames_path, horizon):
         self.recording = recording
         self.horizon = horizon
-        self.fps = recording.info["fps"]
+        self.fps = recording.fps
         # Read with preadv, not through a memory map: mapped pages count as resident memory,
         # which would grow to the file's size, 18 GB for 1,500 episodes x 80 frames at 224 px.
         self.file = open(frames_path, "rb")
         frames = np.load(frames_path, mmap_mode="r")
         self.offset = frames.offset
         self.frame_shape = frames.shape[1:]
-        self.rows = np.arange(len(frames))
-        for name in ("owner", "actions", "states", "instructions"):
+        for name in ("rows", "owner", "actions", "states", "instructions"):
             setattr(self, name, getattr(recording, name))
         self.find_ends()
 
@@ -301,36 +304,87 @@ def sample_shapes(demos):
 
 
 # ---- normalisation statistics --------------------------------------------------------------
-def statistics(values):
-    """Return exact statistics of values (N, D) over the whole set: {name: list of D numbers}."""
+def statistics(values, weights=None):
+    """Return statistics of values (N, D) over the whole set: {name: list of D numbers}.
+
+    weights (N,): how much each row counts; None: all the same, and quantiles interpolate."""
     values = np.asarray(values, np.float64)
-    stats = dict(zip(("q01", "q99"), np.quantile(values, (0.01, 0.99), axis=0)))
-    for name in ("min", "max", "mean", "std"):
-        stats[name] = getattr(values, name)(axis=0)
+    method = "linear" if weights is None else "inverted_cdf"
+    quantiles = np.quantile(values, (0.01, 0.99), axis=0, weights=weights, method=method)
+    share = np.ones(len(values)) if weights is None else np.asarray(weights)
+    share = share / share.sum()
+    mean = share @ values
+    stats = dict(
+        q01=quantiles[0],
+        q99=quantiles[1],
+        min=values.min(axis=0),
+        max=values.max(axis=0),
+        mean=mean,
+        std=(share @ (values - mean) ** 2) ** 0.5,
+    )
     return {name: value.tolist() for name, value in stats.items()}
 
 
-def dataset_statistics(demos):
-    """Return {"action": statistics, "state": statistics} of a list of Demos together, for
-    policy.set_statistics. Sim and real share them, as in RL-Co: actions mean the same in both."""
-    actions = statistics(np.concatenate([part.actions for part in demos]))
-    states = statistics(np.concatenate([part.states for part in demos]))
-    widen(actions)
+def dataset_statistics(demos, weights=None):
+    """Return {"action": statistics, "state": statistics} for policy.set_statistics.
+
+    demos    list of Demos. Sim and real share their statistics, as in RL-Co: actions mean the same
+             in both
+    weights  how much each of them counts as a whole, for example alpha and 1 - alpha; None: each
+             frame counts the same"""
+    rows = None
+    if weights is not None:
+        parts = zip(weights, demos)
+        rows = np.concatenate([np.full(len(part), weight / len(part)) for weight, part in parts])
+    actions = statistics(np.concatenate([part.actions for part in demos]), rows)
+    states = statistics(np.concatenate([part.states for part in demos]), rows)
+    for part in demos:
+        widen(actions, part)
     return dict(action=actions, state=states)
 
 
-def widen(stats):
-    """Make q01 .. q99 of actions fit to scale by, in place. Where they collapse, a rare motion
-    would be scaled far beyond [-1, 1]: take min and max instead, for the gripper [-1, 1]. One
-    warning per dimension names it. The policies widen what is still narrower than MIN_RANGE."""
-    for d, name in enumerate(action_names(len(stats["q01"]))):
-        if stats["q99"][d] - stats["q01"][d] >= MIN_RANGE:
+def widen(stats, demos):
+    """Make q01 .. q99 of actions fit to scale by, in place, and warn of what they do not cover.
+
+    Quantiles lose what is rare: a rotation that only one frame needs has q01 = q99 = 0, and would
+    be scaled far beyond [-1, 1]. Where these demonstrations reach beyond 3, minimum and maximum
+    take the place of the quantiles, unless the extreme is no plausible motion; for the gripper it
+    is [-1, 1]. The policies widen what is still narrower than MIN_RANGE."""
+    sizes = stats["q01"], stats["q99"]
+    reach, share = reach_of(demos.actions, *sizes)
+    limit = limits(demos.fps)
+    for d, name in enumerate(action_names(len(reach))):
+        if reach[d] <= 1.5:
             continue
-        stats["q01"][d] = -1.0 if name == "gripper" else stats["min"][d]
-        stats["q99"][d] = 1.0 if name == "gripper" else stats["max"][d]
-        got = f"q01 and q99 less than {MIN_RANGE:g} apart"
-        need = "a range to scale by (min and max serve for now)"
-        warnings.warn(f"{name}: got {got}; need {need}; try demonstrations that use it")
+        done = "kept; such actions are cut off or learnt badly"
+        extreme = max(-stats["min"][d], stats["max"][d])
+        if name == "gripper":
+            stats["q01"][d] = -1.0
+            stats["q99"][d] = 1.0
+            done = "replaced by -1 .. 1"
+        elif reach[d] > 3 and extreme <= limit.get(name, np.inf):
+            stats["q01"][d] = stats["min"][d]
+            stats["q99"][d] = stats["max"][d]
+            done = "replaced by minimum and maximum"
+        warnings.warn(
+            f"statistics of {name}: {share[d]:.2%} of the frames lie beyond q01 .. q99, up to "
+            f"{reach[d]:.3g} where q01 .. q99 is -1 .. 1; the range is {done}"
+        )
+
+
+def reach_of(actions, low, high):
+    """Return how far actions (N, A) reach, (A,), where low .. high (A,) is -1 .. 1, and which
+    share of the frames lies beyond 1.5, (A,). Ranges narrower than MIN_RANGE are taken as wide."""
+    half = np.maximum(np.subtract(high, low), MIN_RANGE) / 2
+    size = np.abs(actions - np.add(low, high) / 2) / half          # (N, A)
+    return size.max(axis=0), (size > 1.5).mean(axis=0)
+
+
+def limits(fps):
+    """Return {dimension: size} of the largest plausible action [m, rad] at fps steps a second."""
+    move = dict.fromkeys(ACTION_NAMES[:3], MAX_SPEED / fps)
+    turn = dict.fromkeys(ACTION_NAMES[3:6], MAX_TURN_SPEED / fps)
+    return move | turn
 
 
 def action_names(size):
@@ -348,7 +402,7 @@ def open_dataset(
     cameras=None,
     fit="stretch",
     action_dim=len(ACTION_NAMES),
-    convert=None,
+    convert=(),
     cache_dir=None,
 ):
     """Open a LeRobot data set (a folder, or a hub id owner/name) for training. Returns Demos.
@@ -358,51 +412,225 @@ def open_dataset(
     cameras     an image feature or its last part (`front`), or up to three; None: choose_cameras
     fit         how a frame becomes square: `stretch` (OpenVLA) or `pad` (pi0.5), see resize
     action_dim  the policy's action size A; None: any
-    convert     function that brings an episode to the contract's units, before any check: gets
-                and returns a dict of actions (T, A), states (T, S), instructions (T strings)
+    convert     what brings an episode to the contract's conventions, one after the other: names of
+                CONVERSIONS, Python files with a function convert(episode), or functions
     cache_dir   folder for the decoded frames; None: ~/.cache/sim_real_frames
     ValueError lists everything that is wrong with the set; then nothing was written.
-
-    my_robot.py for a robot that stores absolute poses, and its gripper as 0 open .. 1 closed:
-
-        def convert(episode):
-            poses = episode["actions"]             # (T, 7): x y z [m], r p y [rad], gripper
-            before = np.vstack([episode["states"][:1, :6], poses[:-1, :6]])
-            delta = poses[:, :6] - before          # for angles: if it turns about one axis only
-            delta[:, 3:] = (delta[:, 3:] + np.pi) % (2 * np.pi) - np.pi
-            return dict(episode, actions=np.column_stack([delta, 1 - 2 * poses[:, 6]]))
     """
     if fit not in ("stretch", "pad"):
         raise ValueError(f"fit: got {fit}; need stretch or pad; try the policy's `fit`")
     recording = read_lerobot(path, cameras, action_dim, convert)
-    demos = Demos(recording, cache_frames(recording, image_size, fit, cache_dir), horizon)
-    if demos.actions.shape[1] == len(ACTION_NAMES):
-        warn_of_units(demos)
-    return demos
+    doubts(recording).stop()
+    return Demos(recording, cache_frames(recording, image_size, fit, cache_dir), horizon)
 
 
-def load_convert(path):
-    """Return the function `convert` of a Python file, for open_dataset."""
+# ---- other conventions: convert(episode) ---------------------------------------------------
+# A conversion gets and returns a dict of one episode:
+#     actions (T, A) and states (T, S) float32, instructions (list of T str), fps, and
+#     frames (T,): which of the stored frames these rows belong to
+# It may leave out rows, of all five alike. These are examples to copy into a file of your own, for
+# --convert my_robot.py; each can also be chosen by its name, as in --convert degrees.
+
+
+def degrees(episode):
+    """Rotations in degrees."""
+    actions = episode["actions"].copy()
+    actions[:, 3:6] = np.radians(actions[:, 3:6])
+    return dict(episode, actions=actions)
+
+
+def gripper_open_1(episode):
+    """Gripper 0 closed .. 1 open."""
+    actions = episode["actions"].copy()
+    actions[:, 6] = 2 * actions[:, 6] - 1
+    return dict(episode, actions=actions)
+
+
+def gripper_closed_1(episode):
+    """Gripper 0 open .. 1 closed."""
+    actions = episode["actions"].copy()
+    actions[:, 6] = 1 - 2 * actions[:, 6]
+    return dict(episode, actions=actions)
+
+
+def gripper_flipped(episode):
+    """Gripper -1 open .. +1 close, as in LIBERO and robosuite."""
+    actions = episode["actions"].copy()
+    actions[:, 6] = -actions[:, 6]
+    return dict(episode, actions=actions)
+
+
+def absolute_poses(episode):
+    """Actions that are target poses: x y z [m], roll pitch yaw [rad], gripper as it should be.
+
+    The first delta starts from the measured pose, states[0, :6]."""
+    import envs
+
+    poses = np.vstack([episode["states"][:1, :6], episode["actions"][:, :6]])     # (T + 1, 6)
+    frames = envs.frame_of(poses[:, 3:])                                          # (T + 1, 3, 3)
+    turns = envs.euler_of(frames[1:] @ frames[:-1].swapaxes(1, 2))                # (T, 3)
+    turns = (turns + np.pi) % (2 * np.pi) - np.pi
+    moves = np.diff(poses[:, :3], axis=0)                                         # (T, 3)
+    return dict(episode, actions=np.column_stack([moves, turns, episode["actions"][:, 6]]))
+
+
+def panda_joints(episode):
+    """Actions that are target angles of a Panda's 7 joints [rad], and the gripper. States begin
+    with the 7 measured angles, and become poses of the tool (TCP) as the contract has them."""
+    import envs
+
+    def pose(joints):
+        position, frame, _ = envs.forward_kinematics(joints.astype(np.float64))
+        return np.column_stack([position, envs.euler_of(frame)])                  # (T, 6)
+
+    states = np.column_stack([pose(episode["states"][:, :7]), episode["states"][:, 7:]])
+    poses = np.column_stack([pose(episode["actions"][:, :7]), episode["actions"][:, 7]])
+    return absolute_poses(dict(episode, states=states, actions=poses))
+
+
+def control_rate(episode):
+    """More actions a second than the simulation has: the deltas of each control step are added."""
+    import envs
+
+    ratio = round(episode["fps"] / envs.CONTROL_HZ)
+    starts = np.arange(0, len(episode["actions"]), ratio)
+    actions = np.add.reduceat(episode["actions"], starts, axis=0)
+    last = np.append(starts[1:], len(episode["actions"])) - 1
+    actions[:, 6] = episode["actions"][last, 6]       # the gripper is no delta
+    return dict(
+        actions=actions,
+        states=episode["states"][starts],
+        instructions=[episode["instructions"][row] for row in starts],
+        frames=episode["frames"][starts],
+        fps=episode["fps"] / ratio,
+    )
+
+
+def as_is(episode):
+    """Nothing is changed, and nothing is doubted: for an unusual robot whose data are right."""
+    return episode
+
+
+CONVERSIONS = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        degrees, gripper_open_1, gripper_closed_1, gripper_flipped, absolute_poses, panda_joints,
+        control_rate, as_is,
+    )
+}
+CONVERT = "--convert with a Python file of your own (examples: CONVERSIONS in real_data.py)"
+
+
+def load_conversions(names):
+    """Return a list of functions for names of CONVERSIONS, Python files, or functions."""
+    functions = []
+    for name in [names] if isinstance(names, str) or callable(names) else names or ():
+        if callable(name):
+            functions.append(name)
+        elif name in CONVERSIONS:
+            functions.append(CONVERSIONS[name])
+        else:
+            functions.append(load_conversion(name))
+    return functions
+
+
+def load_conversion(path):
+    """Return the function `convert` of a Python file."""
     try:
         return runpy.run_path(str(path))["convert"]
-    except (OSError, KeyError, SyntaxError) as error:
-        need = "a Python file with a function convert(episode)"
-        raise ValueError(f"{path}: got {error!r}; need {need}; try help(open_dataset)") from error
+    except Exception as error:        # whatever the file of a user raises
+        got = f"{type(error).__name__}: {error}"
+        need = f"a Python file with a function convert(episode), or one of {list(CONVERSIONS)}"
+        raise ValueError(f"--convert {path}: got {got}; need {need}; try those") from error
 
 
-def warn_of_units(demos):
-    """Warn of actions that are probably in other units than the contract's."""
-    size = np.abs(demos.actions)
-    grip = demos.actions[:, 6]
-    zero_to_one = (grip < 0.99) & (grip.min() > -0.01)
-    for odd, need in (
-        (size[:, :3].max(axis=1) > MAX_MOVE, f"deltas in metres, up to {MAX_MOVE}"),
-        (size[:, 3:6].max(axis=1) > MAX_TURN, f"deltas in radians, up to {MAX_TURN}"),
-        ((size[:, 6] > 1.01) | zero_to_one, "a gripper of -1 close .. +1 open"),
-    ):
-        if odd.mean() > 0.01:
-            where = f"{demos.recording.folder}: got {odd.mean():.0%} of the frames unlike that"
-            warnings.warn(f"{where}; need {need}; try {CONVERT}")
+def apply_conversions(functions, episode, number):
+    """Return an episode after all conversions. ValueError if one of them raises anything."""
+    for function in functions:
+        try:
+            episode = function(episode)
+        except Exception as error:
+            name = function.__name__
+            got = f"{type(error).__name__}: {error}"
+            need = "an episode whose arrays it understands"
+            remedy = f"other conversions, or a look into {name}"
+            raise ValueError(
+                f"convert ({name}), episode {number}: got {got}; need {need}; try {remedy}"
+            ) from error
+    return episode
+
+
+def doubts(recording):
+    """Return Problems: what is probably not in the contract's units and conventions.
+
+    Few odd frames are a glitch: they are warned of and no problem. Nothing is doubted if the user
+    has said as-is, or if the actions are of another size."""
+    problems = Problems()
+    if as_is not in recording.conversions and recording.actions.shape[1] == len(ACTION_NAMES):
+        doubt_units(recording, problems)
+        doubt_gripper_sign(recording, problems)
+        doubt_times(recording, problems)
+    return problems
+
+
+def doubt_units(recording, problems):
+    """Note actions that are too large, or commands to the gripper that are not -1 .. 1."""
+    move = MAX_SPEED / recording.fps
+    turn = MAX_TURN_SPEED / recording.fps
+    grip = recording.actions[:, 6:]
+    odd_grip = np.abs(grip) > 1.01
+    if grip.min() > -0.01:                            # 0 .. 1: what is not 1 would be half open
+        odd_grip |= grip < 0.99
+    units = "degrees, absolute-poses or panda-joints"
+    gripper = "gripper-open-1 (0 closed, 1 open), gripper-closed-1 (0 open, 1 closed)"
+
+    def doubt(what, values, odd, need, remedy):
+        """Note the frames with odd values; values and odd (N, n)."""
+        share = odd.any(axis=1).mean()
+        if share == 0:
+            return
+        got = f"{share:.2%} of the frames beyond that, up to {np.abs(values).max():.3g}"
+        remedy = f"{remedy}, a Python file of your own, or as-is if the data are right"
+        fault = f"{recording.folder}: {what}: got {got}; need {need}; try --convert with {remedy}"
+        if share > ODD_SHARE:
+            problems.append(fault)
+        else:
+            warnings.warn(fault)
+
+    moves = recording.actions[:, :3]
+    need = f"deltas in metres, up to {move:.3g} a step ({MAX_SPEED:g} m/s)"
+    doubt("moves", moves, np.abs(moves) > move, need, units)
+    turns = recording.actions[:, 3:6]
+    need = f"deltas in radians, up to {turn:.3g} a step ({MAX_TURN_SPEED:g} rad/s)"
+    doubt("turns", turns, np.abs(turns) > turn, need, units)
+    doubt("gripper", grip, odd_grip, "-1 close .. +1 open", gripper)
+
+
+def doubt_gripper_sign(recording, problems):
+    """Note a gripper that closes after the command to open, as far as states[6] tells."""
+    grip = recording.actions[:, 6]
+    opening = np.roll(recording.states[:, 6:7].sum(axis=1), -3)   # it takes steps to follow
+    if grip.std() == 0 or opening.std() == 0:
+        return
+    correlation = np.corrcoef(grip, opening)[0, 1]
+    if correlation < -0.5:
+        problems.append(
+            f"{recording.folder}: gripper: got commands against its opening, states[6] "
+            f"(correlation {correlation:.2f}); need -1 close .. +1 open; try --convert with "
+            "gripper-flipped, or as-is if states[6] is something else"
+        )
+
+
+def doubt_times(recording, problems):
+    """Note rows whose times are not those of the video frames that they go with, by their order."""
+    features = recording.info["features"]
+    video = any(features[camera]["dtype"] == "video" for camera in recording.cameras)
+    if video and recording.time_off > 0.5 / recording.info["fps"]:
+        problems.append(
+            f"{recording.folder}: times: got rows up to {recording.time_off:.3f} s off frame_index "
+            "/ fps; need less than half a frame, or pictures may belong to other rows; try to "
+            "record it again, or --convert as-is if frame k of each video belongs to row k"
+        )
 
 
 # ---- making demonstrations -----------------------------------------------------------------
@@ -472,6 +700,11 @@ def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64):
 VERSIONS = ("v2.0", "v2.1", "v3.0")  # v2.0 differs from v2.1 only in where it keeps statistics
 FETCH = "downloading it again (git lfs pull, if it is a git-lfs pointer)"
 REPAIR = "repairing or removing these episodes"
+NOT_COLOUR = re.compile(
+    "depth|dispar|infra|therm|segm|mask|tactile|gelsight|normals|optical.?flow"
+    "|(?<![a-z])(ir|seg|digit|event)(?![a-z])"
+)
+ON_THE_ROBOT = re.compile("wrist|hand|grip|finger|tool|(?<![a-z])(ee|eef|ego|tcp)(?![a-z])")
 
 
 @dataclasses.dataclass
@@ -484,7 +717,12 @@ class Recording:
     available: list                   # all image features
     episodes: list                    # E dicts, LeRobot's metadata
     files: list                       # parquet files with the rows, in order
-    owner: np.ndarray                 # (N,) episode number of each frame
+    conversions: list                 # functions that were applied, see CONVERSIONS
+    stored: np.ndarray                # (F,) episode number of each stored frame
+    time_off: float                   # s, how far a row's timestamp is off frame_index / fps
+    fps: float                        # rows per second, after all conversions
+    owner: np.ndarray                 # (N,) episode number of each row
+    rows: np.ndarray                  # (N,) which of the F stored frames it shows
     instructions: np.ndarray          # (N,) str
     actions: np.ndarray               # (N, A) float32
     states: np.ndarray                # (N, S) float32
@@ -525,28 +763,50 @@ def local_folder(path):
 def choose_cameras(features, cameras):
     """Return (chosen, available) image features. cameras: a name or up to three (as pi0.5 has);
     None: the first in colour that is not on the wrist."""
-    available = [key for key in features if features[key]["dtype"] in ("image", "video")]
+    available = [key for key in features if features[key].get("dtype") in ("image", "video")]
+    coloured = [key for key in available if in_colour(key, features[key])]
     if cameras is None:
-        cameras = sorted(available, key=lambda key: camera_rank(key, features[key]))[:1]
+        cameras = sorted(coloured, key=on_the_robot)[:1]
     elif isinstance(cameras, str):
         cameras = [cameras]
     chosen = []
     for name in cameras:
         chosen += [key for key in available if name in (key, key.split(".")[-1])]
     if not 1 <= len(chosen) == len(cameras) <= 3:
-        raise ValueError(f"cameras: got {cameras}; need 1 to 3 of {available}; try one of these")
+        need = f"1 to 3 of {available} (in colour: {coloured})"
+        raise ValueError(f"cameras: got {cameras}; need {need}; try --camera NAME")
     return chosen, available
 
 
-def camera_rank(key, feature):
-    """Return a sorting key: colour before depth, scene cameras before those on the wrist."""
-    info = feature.get("info") or {}
-    depth = (
-        info.get("is_depth_map", info.get("video.is_depth_map"))
-        or "depth" in key.lower()
-        or 1 in feature["shape"]      # one channel
-    )
-    return bool(depth), any(part in key.lower() for part in ("wrist", "hand", "gripper"))
+def in_colour(key, feature):
+    """Tell a colour camera from depth, infrared and the like, by everything the format says."""
+    info = {name.removeprefix("video."): value for name, value in feature.items()}
+    for name, value in (feature.get("info") or {}).items():
+        info[name.removeprefix("video.")] = value
+    one_channel = 1 in feature["shape"] or info.get("channels") == 1
+    grey = str(info.get("pix_fmt")).startswith(("gray", "mono", "y8", "y16"))
+    named = NOT_COLOUR.search(key.lower())
+    return not (info.get("is_depth_map") or one_channel or grey or named)
+
+
+def on_the_robot(key):
+    """Return whether a camera moves with the robot, as far as its name tells."""
+    return ON_THE_ROBOT.search(key.lower()) is not None
+
+
+def what_is(file, error):
+    """Return what a file that cannot be read really is, for a message."""
+    if not file.exists():
+        return "no such file"
+    with open(file, "rb") as content:
+        start = content.read(200)
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, not the file itself"
+    return error
 
 
 def read_rows(file, columns=None):
@@ -555,27 +815,27 @@ def read_rows(file, columns=None):
     try:
         if file.suffix == ".parquet":
             return pq.ParquetFile(file).read(columns).to_pylist()
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         lines = [text] if file.suffix == ".json" else text.splitlines()
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: got {error}; need LeRobot's file; try {FETCH}") from error
+        got = what_is(file, error)
+        raise ValueError(f"{file}: got {got}; need LeRobot's file; try {FETCH}") from error
 
 
 def read_meta(folder):
     """Return info.json, a dict per episode in order, and {task_index: instruction}."""
     info = read_rows(folder / "meta/info.json")[0]
-    version = info.get("codebase_version")
-    if version not in VERSIONS:
-        need = f"LeRobot {', '.join(VERSIONS)}"
-        raise ValueError(f"{folder}: got version {version}; need {need}; try LeRobot's converter")
-    if version == "v3.0":
+    check_info(info, folder / "meta/info.json")
+    if info["codebase_version"] == "v3.0":
         files = sorted((folder / "meta/episodes").rglob("*.parquet"))
         tasks = read_rows(folder / "meta/tasks.parquet")
     else:
         files = [folder / "meta/episodes.jsonl"]
         tasks = read_rows(folder / "meta/tasks.jsonl")
     episodes = [row for file in files for row in read_rows(file)]
+    if not episodes:
+        raise ValueError(f"{folder}/meta: got no episodes; need 1 or more; try {FETCH}")
     texts = {}
     for task in tasks:
         number = task.pop("task_index")
@@ -583,26 +843,72 @@ def read_meta(folder):
     return info, sorted(episodes, key=lambda row: row["episode_index"]), texts
 
 
-def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=None):
+def check_info(info, file):
+    """Raise one ValueError with all that is missing or wrong in info.json."""
+    problems = Problems()
+    version = info.get("codebase_version")
+    known = f"LeRobot {', '.join(VERSIONS)}"
+    problems.need(version in VERSIONS, f"{file}: version", version, known, "LeRobot's converter")
+    fps = info.get("fps")
+    sound = isinstance(fps, (int, float)) and fps > 0
+    remedy = "writing the rate of the recording into that file"
+    problems.need(sound, f"{file}: fps", fps, "actions per second, above 0", remedy)
+    features = info.get("features")
+    sound = isinstance(features, dict) and all("shape" in each for each in features.values())
+    problems.need(sound, f"{file}: features", features, "a dict with dtype and shape each", FETCH)
+    if version in VERSIONS[:2]:
+        size = info.get("chunks_size")
+        problems.need(size, f"{file}: chunks_size", size, "a number, 1000 as a rule", FETCH)
+    problems.stop()
+
+
+def check_columns(info, files, action, state, cameras):
+    """Raise one ValueError with all columns that the parquet files lack."""
+    need = ["episode_index", "frame_index", "task_index", action]
+    if state in info["features"]:
+        need.append(state)
+    need += [camera for camera in cameras if info["features"][camera]["dtype"] == "image"]
+    problems = Problems()
+    problems.need(files, "data/", "no parquet files", "one or more", FETCH)
+    lacking = collections.defaultdict(list)
+    for file in files:
+        try:
+            columns = pq.ParquetFile(file).schema_arrow.names
+        except (OSError, ValueError) as error:
+            problems.need(False, file, what_is(file, error), "a parquet file", FETCH)
+            continue
+        missing = [column for column in need if column not in columns]
+        if missing:
+            lacking[str(missing)].append(str(file))
+    for missing, some in lacking.items():
+        got = f"no column {missing} in {len(some)} of {len(files)} files (first: {some[0]})"
+        remedy = "downloading it again, or --camera NAME for another camera"
+        problems.need(False, "rows", got, need, remedy)
+    problems.stop()
+
+
+def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=()):
     """Read a LeRobot data set but for its pixels, into a Recording; arguments as in open_dataset.
     ValueError lists all that is wrong with the rows."""
     folder = local_folder(path)
+    conversions = load_conversions(convert)
     info, episodes, texts = read_meta(folder)
     features = info["features"]
     cameras, available = choose_cameras(features, cameras)
     action = "action" if "action" in features else "actions"
     state = "observation.state" if "observation.state" in features else "state"
-    columns = ["episode_index", "frame_index", "task_index", action, state]
     files = sorted((folder / "data").rglob("*.parquet"))
+    check_columns(info, files, action, state, cameras)
+    columns = ["episode_index", "frame_index", "task_index", "timestamp", action, state]
     stream = (row for file in files for row in read_rows(file, columns))
     faults = Faults()
     parts = []
+    stored = []
+    time_off = 0.0
     for episode in episodes:
         number = episode["episode_index"]
-        length = episode["length"]
-        rows = list(itertools.islice(stream, length))
-        complete = np.array_equal(numbers(rows, "frame_index"), np.arange(length))
-        if not complete or (numbers(rows, "episode_index") != number).any():
+        rows = list(itertools.islice(stream, episode["length"]))
+        if not complete(rows, episode):
             fault = f"rows: got others; need frames 0 .. length - 1; try {FETCH}"
             faults.need(False, number, fault)
             continue
@@ -610,16 +916,40 @@ def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=None)
             actions=vectors(rows, action),
             states=vectors(rows, state),
             instructions=[texts.get(task) for task in numbers(rows, "task_index").tolist()],
+            frames=np.arange(len(rows)),
+            fps=info["fps"],
         )
-        if convert:
-            part = convert(part)
-        check_part(faults, number, length, part, action_dim)
-        parts.append(dict(part, owner=[number] * length))
+        part = apply_conversions(conversions, part, number)
+        check_part(faults, number, part, action_dim)
+        part["rows"] = part.pop("frames") + len(stored)
+        part["owner"] = [number] * len(part["rows"])
+        parts.append(part)
+        stored += [number] * len(rows)
+        time_off = max(time_off, off_the_grid(rows, info["fps"]))
     faults.stop(folder)
-    arrays = dict(owner=int, instructions=object, actions=np.float32, states=np.float32)
+    left = sum(1 for _ in stream)
+    if left:
+        got = f"{left} rows that belong to no episode of meta/"
+        raise ValueError(f"{folder}: got {got}; need none; try {FETCH}")
+    arrays = dict(owner=int, rows=int, instructions=object, actions=np.float32, states=np.float32)
     for name, kind in arrays.items():
         arrays[name] = np.concatenate([part[name] for part in parts]).astype(kind)
-    return Recording(folder, info, cameras, available, episodes, files, **arrays)
+    meta = (folder, info, cameras, available, episodes, files, conversions)
+    return Recording(*meta, np.array(stored), time_off, parts[0]["fps"], **arrays)
+
+
+def complete(rows, episode):
+    """Return whether these are the rows of an episode: all of them, in order, and its own."""
+    in_order = np.array_equal(numbers(rows, "frame_index"), np.arange(episode["length"]))
+    return in_order and (numbers(rows, "episode_index") == episode["episode_index"]).all()
+
+
+def off_the_grid(rows, fps):
+    """Return how far [s] the timestamps of an episode are off frame / fps; 0 if it has none."""
+    if "timestamp" not in rows[0]:
+        return 0.0
+    times = np.array([row["timestamp"] for row in rows], float).ravel()
+    return np.abs(times - times[0] - np.arange(len(rows)) / fps).max()
 
 
 def numbers(rows, column):
@@ -628,22 +958,30 @@ def numbers(rows, column):
 
 
 def vectors(rows, column):
-    """Return a column of T rows as (T, size) float32; size 0 if there is no such column."""
-    return np.array([row.get(column, ()) for row in rows], np.float32).reshape(len(rows), -1)
+    """Return a column of T rows as (T, size) float32; size 0 if there is no such column, or if
+    the rows differ in size."""
+    values = [np.ravel(row.get(column, ())) for row in rows]
+    if len({len(value) for value in values}) > 1:
+        return np.zeros((len(rows), 0), np.float32)
+    return np.array(values, np.float32).reshape(len(rows), -1)
 
 
-def check_part(faults, number, length, part, action_dim):
+def check_part(faults, number, part, action_dim):
     """Note what is wrong with the actions, states and instructions of one episode."""
-    for name, values in part.items():
-        got = f"{len(values)} {name} for {length} frames"
-        fault = f"convert: got {got}; need one each; try help(open_dataset)"
-        faults.need(len(values) == length, number, fault)
+    length = len(part["frames"])
+    for name in ("actions", "states", "instructions"):
+        got = f"{len(part[name])} {name} for {length} frames"
+        fault = f"convert: got {got}; need one each; try the examples in real_data.py"
+        faults.need(len(part[name]) == length > 0, number, fault)
     for name in ("actions", "states"):
         finite = np.isfinite(part[name]).all()
         faults.need(finite, number, f"{name}: got nan or inf; need finite numbers; try {REPAIR}")
     size = part["actions"].shape[1]
-    need = f"{action_dim} ({' '.join(ACTION_NAMES)})"
-    fault = f"actions: got {size} numbers; need {need}; try {CONVERT}"
+    need = f"{action_dim} (deltas of one end effector: {' '.join(ACTION_NAMES)})"
+    got = f"{size} numbers" if size else "rows of different sizes, or none"
+    fault = f"actions: got {got}; need {need}; try {CONVERT}"
+    if size == len(ACTION_NAMES) + 1:
+        fault += ", or panda-joints for joint angles and a gripper"
     faults.need(action_dim in (None, size), number, fault)
     fault = f"instructions: got none; need a text per frame; try {CONVERT}"
     faults.need(all(part["instructions"]), number, fault)
@@ -657,7 +995,7 @@ def plan_frames(recording):
     jobs = collections.defaultdict(dict)
     for camera in recording.cameras:
         for episode in recording.episodes:
-            rows = np.flatnonzero(recording.owner == episode["episode_index"])
+            rows = np.flatnonzero(recording.stored == episode["episode_index"])
             if recording.info["features"][camera]["dtype"] == "image":
                 jobs[camera, None].update(zip(rows, rows))
             else:
@@ -677,8 +1015,9 @@ def video_of(recording, episode, camera):
     return file, names.get("from_timestamp", 0.0)
 
 
-def video_frames(path):
-    """Yield the frames (H, W, 3) uint8 of an mp4, up to its end or to the first broken one."""
+def video_frames(path, fps=None):
+    """Yield the frames (H, W, 3) uint8 of an mp4, up to its end or to the first broken one.
+    ValueError if it does not have fps frames per second, where that matters."""
     # -xerror: stop at a broken packet, which would otherwise silently shift all later frames.
     # passthrough: each stored frame exactly once; by default ffmpeg repeats and drops some.
     reader = imageio_ffmpeg.read_frames(
@@ -688,17 +1027,27 @@ def video_frames(path):
         output_params=["-fps_mode", "passthrough"],
     )
     with contextlib.closing(reader), contextlib.suppress(OSError, RuntimeError, StopIteration):
-        width, height = next(reader)["size"]
+        meta = next(reader)
+        width, height = meta["size"]
+        if fps and abs(meta["fps"] - fps) > 0.02 * fps:
+            raise ValueError(f"got {meta['fps']} frames a second; need {fps}, as in info.json")
         for data in reader:
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
 def image_frames(files, column):
-    """Yield the frames (H, W, 3) uint8 of parquet files with encoded images."""
+    """Yield the frames (H, W, 3) uint8 of parquet files with encoded images. ValueError at the
+    first that is none."""
     for file in files:
         for piece in pq.ParquetFile(file).iter_batches(batch_size=64, columns=[column]):
             for cell in piece.column(0).to_pylist():
-                yield np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+                try:
+                    yield np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+                except (OSError, TypeError, KeyError) as error:
+                    raise ValueError(
+                        f"got a cell of {file.name} that holds no image ({error}); need an encoded "
+                        "PNG or JPEG in each"
+                    ) from error
 
 
 def resize(image, size, fit):
@@ -735,13 +1084,30 @@ def cache_frames(recording, image_size, fit, cache_dir):
     if not image_size:                # the channels come last, in some old sets first
         stored = recording.info["features"][recording.cameras[0]]["shape"]
         size = [side for side in stored if side > 4]
-    shape = (len(recording.owner), len(recording.cameras), *size, 3)
+    shape = (len(recording.stored), len(recording.cameras), *size, 3)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="decoding-", dir=cache) as folder:
-        part = pathlib.Path(folder, name)
+    with temporary_folder(cache, "decoding-") as folder:
+        part = folder / name
         decode(recording, part, shape, image_size, fit)
         os.replace(part, cache / name)
     return cache / name
+
+
+@contextlib.contextmanager
+def temporary_folder(parent, prefix):
+    """Make a folder in parent that is removed at the end, and remove those that killed processes
+    of this machine have left there."""
+    prefix = f"{prefix}{socket.gethostname()}-"
+    for old in parent.glob(prefix + "*"):
+        process = old.name.removeprefix(prefix).split("-")[0]
+        try:
+            os.kill(int(process), 0)                  # signal 0 only asks whether it is alive
+        except ProcessLookupError:
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError:
+            pass                                      # alive, and somebody else's
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=parent) as folder:
+        yield pathlib.Path(folder)
 
 
 def decode(recording, path, shape, image_size, fit):
@@ -752,22 +1118,29 @@ def decode(recording, path, shape, image_size, fit):
     faults = Faults()
     bar = tqdm(total=shape[0] * shape[1], unit="frame", desc="decoding once")
 
+    rate = recording.info["fps"] if recording.info["codebase_version"] == "v3.0" else None
+
     def work(job):
         (camera, source), rows = job
         slot = recording.cameras.index(camera)
-        frames = video_frames(source) if source else image_frames(recording.files, camera)
-        with open(path, "r+b") as file:
-            for number, image in enumerate(frames):
-                image = resize(image, image_size, fit)
-                if number in rows and image.shape == shape[2:]:
-                    place = rows.pop(number) * shape[1] + slot
-                    file.seek(offset + place * image.nbytes)
-                    file.write(image.tobytes())
-                    bar.update()
-        need = f"one of {shape[2:]} per row"
+        frames = video_frames(source, rate) if source else image_frames(recording.files, camera)
+        fault = f"got frames missing; need one of {shape[2:]} per row"
+        try:
+            with open(path, "r+b") as file:
+                for number, image in enumerate(frames):
+                    image = resize(image, image_size, fit)
+                    if number in rows and image.shape == shape[2:]:
+                        place = rows.pop(number) * shape[1] + slot
+                        file.seek(offset + place * image.nbytes)
+                        file.write(image.tobytes())
+                        bar.update()
+        except ValueError as error:
+            fault = str(error)
+        reason = what_is(source, None) if source else None
+        if reason:
+            fault = f"got {reason}; need a video"
         for row in rows.values():     # what is left was not found
-            fault = f"{camera}: got frames missing; need {need}; try {FETCH}"
-            faults.need(False, recording.owner[row], fault)
+            faults.need(False, recording.stored[row], f"{camera}: {fault}; try {FETCH}")
 
     # Threads are enough: PIL and ffmpeg run outside Python's lock.
     with bar, concurrent.futures.ThreadPoolExecutor(cores()) as pool:
@@ -811,8 +1184,8 @@ def write_dataset(folder, episodes, fps):
     if folder.exists():
         raise ValueError(f"out: got {folder}, which exists; need a new folder; try another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as temporary:
-        part = pathlib.Path(temporary, folder.name)
+    with temporary_folder(folder.parent, ".writing-") as temporary:
+        part = temporary / folder.name
         size, rows = write_video(part / f"videos/{CAMERA}/chunk-000/file-000.mp4", episodes, fps)
         write_tables(part, size, fps, *zip(*rows))
         try:
@@ -929,12 +1302,12 @@ def write_info(folder, size, fps, values, episodes, tasks):
     (folder / "meta/info.json").write_text(json.dumps(info, indent=1))
 
 
-# ---- data set card and command line --------------------------------------------------------
+# ---- the doctor: data set card, checks and command line ------------------------------------
 def card(demos, sheet):
     """Print what a data set holds; write a contact sheet: a row per episode, time goes right."""
     recording = demos.recording
     lengths = demos.lengths
-    print(f"{recording.folder}: LeRobot {recording.info['codebase_version']}, {demos.fps} fps")
+    print(f"{recording.folder}: LeRobot {recording.info['codebase_version']}, {demos.fps:g} fps")
     print(f"camera   {', '.join(recording.cameras)} out of {', '.join(recording.available)}")
     print(f"episodes {len(lengths)} of {lengths.min()} to {lengths.max()} frames")
     for text, frames in collections.Counter(demos.instructions).most_common():
@@ -952,15 +1325,72 @@ def card(demos, sheet):
     print(f"contact sheet of {len(rows)} episodes: {sheet}")
 
 
+def examine(demos, policy, name):
+    """Print how a policy would see these demonstrations. Returns Problems: what stands between
+    them and --real-data, each with its remedy."""
+    import envs
+    import policies
+
+    recording = demos.recording
+    problems = doubts(recording)
+    size = demos.actions.shape[1]
+    need = f"{len(ACTION_NAMES)} (deltas of one end effector: {' '.join(ACTION_NAMES)})"
+    problems.need(size == len(ACTION_NAMES), "actions", f"{size} numbers", need, CONVERT)
+
+    print(f"\nfor the policy {name}")
+    print(f"rate     {demos.fps:g} actions a second, {envs.CONTROL_HZ} in simulation")
+    if demos.fps >= 1.5 * envs.CONTROL_HZ:
+        print("         a step means less here than there: see --convert control-rate")
+    texts = list(dict.fromkeys(demos.instructions))
+    for text in texts:
+        pieces = policy.tokenizer.encode(text, add_special_tokens=False).tokens
+        print(f"tokens   {text!r}: {len(pieces)}, {' '.join(pieces[:12])}")
+    try:
+        policies.check_texts(policy, texts)
+    except ValueError as error:
+        problems.append(str(error))
+    if size == len(ACTION_NAMES):
+        grip = demos.actions[:, 6]
+        between = (np.abs(grip) < 0.9).mean()
+        print(f"gripper  {(grip >= 0.9).mean():.0%} of the frames open (+1), "
+              f"{(grip <= -0.9).mean():.0%} close (-1), {between:.0%} between")
+        beyond = beyond_range(demos, policy)
+        if beyond:
+            problems.append(beyond)
+    pauses = 1 - len(demos.without_pauses(PAUSE_SPEED / demos.fps)) / len(demos)
+    print(f"pauses   {pauses:.0%} of the frames hardly move, and are left out (--pause)")
+    return problems
+
+
+def beyond_range(demos, policy):
+    """Return a message if many actions lie beyond the range that a policy scales by, else None.
+    OpenVLA learns such actions as the end of its range; pi0.5's loss explodes. The gripper is
+    left out: its range is always -1 .. 1."""
+    if not hasattr(policy, "quantiles") or not policy.has_statistics():
+        return None
+    low, high = (bound.cpu().numpy() for bound in policy.quantiles("action"))
+    _, share = reach_of(demos.actions, low, high)
+    named = dict(zip(ACTION_NAMES[:6], share))
+    much = [f"{name} {part:.0%}" for name, part in named.items() if part > ODD_SHARE]
+    if not much:
+        return None
+    need = f"all but {ODD_SHARE:.0%} within 1.5 times the policy's own q01 .. q99"
+    remedy = "--statistics data in Stage I, so that these demonstrations set the range"
+    got = f"frames beyond the policy's range: {', '.join(much)}"
+    return f"{demos.recording.folder}: got {got}; need {need}; try {remedy}"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("path", help="data set to describe: a LeRobot folder, or a hub id owner/name")
-    add("--camera", help="image feature or its last part; default: a scene camera in colour")
-    add("--convert", help="Python file with convert(episode), for other units: see open_dataset")
+    add("path", help="data set to examine: a LeRobot folder, or a hub id owner/name")
+    add("--policy", default="openvla", help="the policy that is to learn from it")
+    add("--camera", nargs="*", help="image features, or their last parts; default: one, in colour")
+    add("--convert", nargs="*", default=[], help=f"other conventions: {', '.join(CONVERSIONS)}, "
+        "or Python files with convert(episode); one after the other")
     add("--image-size", type=int, default=64, help="side of the frames, pixels; even with --make")
     add("--make", action="store_true", help="first record demonstrations into path, a new folder")
     add("--task", default="open-drawer", help="a task of envs.py, or all")
@@ -968,17 +1398,32 @@ def main():
     add("--episodes", type=int, default=50, help="successful demonstrations per task, 1 or more")
     add("--seed", type=int, default=0, help="which scenes and which mistakes, 0 or more")
     args = parser.parse_args()
-    try:
-        convert = load_convert(args.convert) if args.convert else None
+    import evaluate
+    import policies
+
+    with evaluate.reported():
+        policy = policies.load_policy(args.policy)
         if args.make:
             settings = (args.task, args.domain, args.episodes, args.path, args.seed)
             make_demos(*settings, image_size=args.image_size)
-        demos = open_dataset(
-            args.path, args.image_size, cameras=args.camera, action_dim=None, convert=convert
-        )
-        card(demos, "card.png")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        problems = doctor(args, policy)
+        if problems:
+            print("\nnot ready for --real-data:\n" + "\n".join(f"* {each}" for each in problems))
+            sys.exit(1)
+        print(f"\nready for --real-data {args.path}")
+
+
+def doctor(args, policy):
+    """Print the card of a data set and how a policy would see it. Returns a list of what stands
+    between it and --real-data, each with its remedy."""
+    try:
+        recording = read_lerobot(args.path, args.camera, None, args.convert)
+        frames = cache_frames(recording, args.image_size, policy.fit, None)
+    except ValueError as error:
+        return str(error).splitlines()
+    demos = Demos(recording, frames, policy.horizon)
+    card(demos, "card.png")
+    return examine(demos, policy, args.policy)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,12 @@ critic; then the main job around it.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import pathlib
 import sys
+import tempfile
 import time
 
 import envs  # first: it chooses the OpenGL backend before mujoco is imported
@@ -122,8 +124,11 @@ class Args:
     real_data: str = flag(None, "LeRobot data set of your robot (default: record the stand-in)")
     real_episodes: int = flag(None, "stand-in demonstrations per task (default: 50)")
     camera: list = flag(None, "image features of --real-data to use")
-    convert: str = flag(
-        None, "Python file with convert(episode) for the conventions of --real-data"
+    convert: list = flag(
+        None, "other conventions of --real-data: names of real_data.CONVERSIONS, or Python files"
+    )
+    load: list = flag(
+        None, "settings of --policy, key=value: unnorm_key, tokenizer, base, temperature, steps, .."
     )
     iterations: int = flag(None, "rollouts, each followed by updates (preset)")
     num_envs: int = flag(None, "environments over all ranks (preset)")
@@ -133,7 +138,6 @@ class Args:
     real_batch: int = flag(None, "real samples per optimizer step over all ranks (preset)")
     epochs: int = flag(None, "passes over a rollout (preset)")
     lr: float = flag(None, "learning rate of the policy (preset)")
-    gae_lambda: float = flag(None, "lambda of generalised advantage estimation (preset)")
     critic: str = flag(
         None,
         "value head of the policy, or a network on the simulator's state (preset)",
@@ -157,6 +161,7 @@ class Args:
     clip_ratio: float = 0.2  # epsilon of PPO's ratio
     clip_value: float = 0.2  # how far a value may move from the rollout's; 0 = any distance
     weight_decay: float = 0.01  # of matrices; never of biases and norms
+    gae_lambda: float = None  # lambda of generalised advantage estimation
     value_lr: float = None  # learning rate of the value head, or of the state critic
     beta2: float = None  # of AdamW; beta1 is 0.9
     entropy_weight: float = None  # weight of the entropy bonus
@@ -729,7 +734,9 @@ def main_job(args):
         lora_rank=args.lora_rank,
         gradient_checkpointing=args.lora_rank > 0,
         seed=args.seed,
+        **(policies.parse_load(args.load) if args.init != "sft" else {}),
     )
+    sft_warmstart.say_notes(source, policy)
     if args.init == "base" and not policy.has_statistics():
         limit = envs.ACTION_LIMIT  # a base of many robots, or none: the range of this controller
         policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
@@ -778,7 +785,7 @@ def resolve_args(args):
     if args.sim_ratio is None:
         args.sim_ratio = 0.5
     args.policy = args.init if given else args.policy or "openvla"
-    kind, name = sft_warmstart.policy_kind(args.policy)
+    kind, name = sft_warmstart.policy_kind(args.policy, args.load)
     for key, value in (PRESETS[kind] | TASK_PRESETS.get(args.task, {})).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -792,6 +799,7 @@ def resolve_args(args):
         real_data=args.real_data,
         camera=args.camera,
         convert=args.convert,
+        load=args.load,
         real_episodes=args.real_episodes,
         lora_rank=args.lora_rank,
         dtype=args.dtype,
@@ -859,9 +867,9 @@ def stage_one(options):
     from filelock import FileLock  # comes with huggingface_hub
 
     out = pathlib.Path(options.out)
-    lock = FileLock(f"{out}.lock")
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(pathlib.Path(tempfile.gettempdir(), f"stage-one-{name}.lock"))
     if rank() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()  # a second run with the same Stage I waits, then finds it here
     sft_warmstart.barrier()
     finished = True

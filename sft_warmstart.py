@@ -41,6 +41,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 
 import envs  # first: it chooses the OpenGL backend before mujoco is imported
 import numpy as np
@@ -115,8 +116,11 @@ class Options:
     camera: list = flag(
         None, "image features of --real-data to use (default: the first scene camera)"
     )
-    convert: str = flag(
-        None, "Python file with convert(episode) for the conventions of --real-data"
+    convert: list = flag(
+        None, "other conventions of --real-data: names of real_data.CONVERSIONS, or Python files"
+    )
+    load: list = flag(
+        None, "settings of --policy, key=value: unnorm_key, tokenizer, base, temperature, steps, .."
     )
     held_out: float = flag(0.1, "share of the episodes kept out of training, 0 to 1")
     pause: float = flag(
@@ -250,7 +254,9 @@ def warm_start(options):
         freeze=options.freeze,
         gradient_checkpointing=options.lora_rank > 0,
         seed=options.seed,
+        **policies.parse_load(options.load),
     )
+    say_notes(options.policy, policy)
     if options.augment == "openvla" and policy.kind == "openvla" and options.steps:
         policy.settings["center_crop"] = True  # trained on random crops, used on the central one
     if options.steps and not train(policy, options):
@@ -276,7 +282,9 @@ def train(policy, options):
     out = pathlib.Path(options.out)
     training, held_out = open_demonstrations(options, policy)
     if options.statistics == "data":
-        policy.set_statistics("demos", demonstration_statistics(policy, training))
+        policy.set_statistics("demos", demonstration_statistics(policy, training, options))
+    else:
+        warn_beyond_range(policy, training)
     sampler = real_data.MixSampler(
         training.get("sim"),
         training.get("real"),
@@ -399,8 +407,7 @@ def open_domain(domain, given, options, policy):
     path = given or recorded(domain, options, policy.image_size)
     chosen = {}
     if domain == "real" and given:
-        convert = real_data.load_convert(options.convert) if options.convert else None
-        chosen = dict(cameras=options.camera, convert=convert)
+        chosen = dict(cameras=options.camera, convert=options.convert)
 
     def read():
         return real_data.open_dataset(
@@ -408,6 +415,7 @@ def open_domain(domain, given, options, policy):
         )
 
     demos = rank_0_first(read)  # it decodes the frames into the cache
+    policies.check_texts(policy, list(dict.fromkeys(demos.instructions)))
     if not policy.reads_state:
         demos.states = demos.states[:, :0]  # its size may differ between simulation and robot
     parts = []
@@ -425,7 +433,10 @@ def open_domain(domain, given, options, policy):
         )
         say(f"{path}: camera {' '.join(recording.cameras)} out of {' '.join(recording.available)}")
         if demos.fps != envs.CONTROL_HZ:
-            say(f"{path}: {demos.fps} actions a second, but {envs.CONTROL_HZ} in simulation")
+            say(
+                f"{path}: {demos.fps:g} actions a second, but {envs.CONTROL_HZ} in simulation, "
+                "where a step means more or less: see --convert control-rate"
+            )
     return parts
 
 
@@ -447,12 +458,24 @@ def recorded(domain, options, size):
     return path
 
 
-def demonstration_statistics(policy, training):
-    """Statistics of all training demonstrations together, for policy.set_statistics."""
-    stats = real_data.dataset_statistics(list(training.values()))
+def demonstration_statistics(policy, training, options):
+    """Statistics of all training demonstrations together, for policy.set_statistics: sim and real
+    count by alpha, as they do in training."""
+    weights = None
+    if len(training) == 2:
+        weights = [1 - options.sim_ratio, options.sim_ratio]
+    stats = real_data.dataset_statistics(list(training.values()), weights)
     if not policy.reads_state:
         stats.pop("state", None)
     return stats
+
+
+def warn_beyond_range(policy, training):
+    """Warn of demonstrations that reach beyond the range the policy scales by."""
+    for demos in training.values():
+        beyond = real_data.beyond_range(demos, policy)
+        if beyond and rank() == 0:
+            warnings.warn(beyond)
 
 
 # ---- image augmentation ------------------------------------------------------------------------
@@ -536,7 +559,7 @@ def rotation(angle):
 def resolve_options(options, new):
     """Fill in the preset and check all options; see Options.resolve."""
     problems = policies.Problems()
-    kind, name = policy_kind(options.policy)
+    kind, name = policy_kind(options.policy, options.load)
     for key, value in PRESETS[kind].items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -600,9 +623,13 @@ def resolve_options(options, new):
     return options
 
 
-def policy_kind(name):
-    """Which preset fits a policy, and a short name for its runs: ("openvla-tiny", "openvla")."""
-    config = policies.read_json(policies.find_base(name)[0] / "config.json", {})
+def policy_kind(name, load):
+    """Which preset fits a policy, and a short name for its runs: ("openvla-tiny", "openvla").
+
+    load: the key=value pairs of --load, which may name another base for adapters.
+    """
+    base = policies.parse_load(load).get("base")
+    config = policies.read_json(policies.find_base(name, base)[0] / "config.json", {})
     kind = policies.kind_of(config)
     if kind not in policies.BUNDLED:
         raise ValueError(
@@ -741,15 +768,12 @@ def run_script(job, parse):
     With several ranks this starts the script again under torch.distributed.run, which looks after
     processes and signals. Exits with 0, 1 (error) or 130 (stopped by a signal).
     """
-    try:
+    with evaluate.reported(spokesman=rank() == 0):
         args = parse(sys.argv[1:])
         if args.ranks > 1 and "RANK" not in os.environ:
             sys.exit(start_ranks(args.ranks))
         with process_group():
             sys.exit(0 if job(args) else 130)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
 
 
 def start_ranks(count):
@@ -810,6 +834,12 @@ class Signals:
     def received(self):
         """True on all ranks as soon as one has got a signal."""
         return bool(all_sum(self.flag.clone()))  # a copy: a signal may come while it is summed
+
+
+def say_notes(name, policy):
+    """Say what was chosen for the user while a checkpoint was loaded."""
+    for note in getattr(policy, "notes", []):
+        say(f"{name}: {note}")
 
 
 def say(text):

@@ -22,8 +22,12 @@ assertion; a crash does not count.
 import ast
 import builtins
 import collections
+import concurrent.futures
+from concurrent.futures.process import BrokenProcessPool
+import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import inspect
 import io
@@ -33,9 +37,11 @@ import math
 import os
 import pathlib
 import re
+import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import symtable
 import sys
@@ -1365,7 +1371,7 @@ ARCH_FILES = ("envs", "policies", "real_data", "evaluate", "sft_warmstart", "rl_
 ARCH_MAY_IMPORT = dict(
     envs=set(),
     policies=set(),
-    real_data={"envs"},  # inside the functions that record demonstrations, only
+    real_data={"envs", "policies", "evaluate"},  # inside the functions that need them
     evaluate={"envs", "policies"},
     sft_warmstart={"envs", "policies", "real_data", "evaluate"},
     rl_cotrain={"envs", "policies", "real_data", "evaluate", "sft_warmstart"},
@@ -1850,8 +1856,9 @@ def check_data_pauses():
     actions[3, 1] = 0.01                                  # m
     actions[4, 4] = 0.014                                 # rad, below 5 x .003
     recording = types.SimpleNamespace(
-        info=dict(fps=5),
+        fps=5,
         owner=np.array([4] * 7 + [2]),                    # two episodes
+        rows=np.arange(8),
         actions=actions,
         states=np.arange(8.0)[:, None],
         instructions=np.full(8, "x"),
@@ -1869,17 +1876,43 @@ def test_pauses_are_left_out():
     check_data_pauses()
 
 
+def data_demos(actions, fps=5):
+    """Stand for Demos: all that statistics look at."""
+    actions = np.asarray(actions, np.float32)
+
+    class Part:
+        def __len__(self):
+            return len(self.actions)
+
+    part = Part()
+    vars(part).update(actions=actions, states=2 * actions, fps=fps)
+    return part
+
+
 def check_data_widen():
-    """Minimum and maximum take the place of quantiles that collapse."""
-    actions = np.random.default_rng(0).normal(0, 0.02, (500, 7))
+    """Minimum and maximum take the place of quantiles that lose what is rare, if it is plausible:
+    no motion of 5 m is."""
+    actions = np.random.default_rng(0).normal(0, 0.01, (500, 7))
+    actions[7, 0] = 5.0                                   # m: a glitch
+    actions[9, 1] = 0.08                                  # m: a rare motion beside common ones
     actions[:, 4:] = 0, 0.25, 1
-    actions[5, 4] = -0.12                                 # a rare motion
+    actions[5, 4] = -0.12                                 # rad: a rare motion beside none
+    actions[5, 6] = -1
+    before = real_data.statistics(actions)
     stats = real_data.statistics(actions)
     with pytest.warns(UserWarning) as caught:
-        real_data.widen(stats)
-    names = [str(each.message).split(":")[0] for each in caught]
-    assert names == ["dpitch", "dyaw", "gripper"]
-    assert np.allclose(stats["q01"][4:], [-0.12, 0.25, -1])
+        real_data.widen(stats, data_demos(actions))
+    said = re.compile(r"statistics of (\w+).*is (.*)")
+    told = [said.search(str(each.message)).groups() for each in caught]
+    assert dict(told) == dict(
+        dx="kept; such actions are cut off or learnt badly",
+        dy="replaced by minimum and maximum",
+        dpitch="replaced by minimum and maximum",
+        gripper="replaced by -1 .. 1",
+    )
+    assert stats["q99"][0] == before["q99"][0] < 0.05
+    assert np.allclose(stats["q99"][1], 0.08)
+    assert np.allclose(stats["q01"][2:], [*before["q01"][2:4], -0.12, 0.25, -1])
     assert np.allclose(stats["q99"][4:], [0, 0.25, 1])
 
 
@@ -1887,9 +1920,25 @@ def test_collapsed_ranges_are_widened_and_named():
     check_data_widen()
 
 
+@pytest.mark.filterwarnings("ignore:statistics of")
+def test_statistics_of_a_mix_count_by_alpha():
+    """However many frames the simulation has: real counts by 1 - alpha, and keeps its rare ones."""
+    rng = np.random.default_rng(0)
+    sim = rng.normal(0, 0.002, (5840, 7))
+    real = rng.normal(0, 0.02, (73, 7))
+    real[3, 4] = 0.3
+    parts = [data_demos(sim), data_demos(real)]
+    action = real_data.dataset_statistics(parts, [0.5, 0.5])["action"]
+    equal = np.concatenate([sim, np.tile(real, (80, 1))])
+    assert np.allclose(action["std"], equal.std(axis=0), rtol=1e-5)
+    low = np.quantile(equal, 0.01, axis=0, method="inverted_cdf")
+    assert np.allclose(action["q01"][:3], low[:3])
+    assert action["q99"][4] == np.float32(0.3)
+
+
 def test_statistics_are_exact_and_pooled():
     values = np.random.default_rng(0).normal(size=(100, 7))
-    parts = [types.SimpleNamespace(actions=v, states=2 * v) for v in (values[:60], values[60:])]
+    parts = [data_demos(v, fps=0.01) for v in (values[:60], values[60:])]
     stats = real_data.dataset_statistics(parts)
     ordered = np.sort(values, axis=0)                     # 100 frames: q99 lies at 0.99 x 99
     assert np.allclose(stats["action"]["q99"], 0.99 * ordered[98] + 0.01 * ordered[99])
@@ -1897,23 +1946,99 @@ def test_statistics_are_exact_and_pooled():
     assert np.allclose(stats["state"]["max"], 2 * ordered[-1])
 
 
-def test_convert_example_recovers_deltas(tmp_path):
-    """The docstring's function, run on absolute poses, returns the deltas behind them."""
-    text = inspect.getdoc(real_data.open_dataset)
-    code = textwrap.dedent(text[text.index("    def convert") :])
-    (tmp_path / "my_robot.py").write_text("import numpy as np\n" + code)
+def data_converted(tmp_path, change, *names):
+    """Write an episode whose arrays `change` has put into other conventions, and read it back.
+    Returns (the actions as they were, the actions as read)."""
     images, states, actions, text, scene = data_episode(0, 9)
-    actions[:, 5] += 2.0                                  # rad: yaw wraps around
-    poses = np.cumsum(actions, axis=0) + np.append(states[0, :6], 0)
-    poses[:, 3:6] = (poses[:, 3:6] + np.pi) % (2 * np.pi) - np.pi
-    poses[:, 6] = (1 - actions[:, 6]) / 2
-    real_data.write_dataset(tmp_path / "set", [(images, states, poses, text, scene)] * 2, 5)
-    convert = real_data.load_convert(tmp_path / "my_robot.py")
-    with pytest.warns(UserWarning, match="need deltas in radians"):
-        demos = data_open(tmp_path / "set", convert=convert)
-    assert np.allclose(demos.actions, np.concatenate([actions, actions]), atol=5e-5)
-    with pytest.raises(ValueError, match="2 actions for 9 frames"):
-        data_open(tmp_path / "set", convert=lambda episode: dict(episode, actions=poses[:2]))
+    changed_states, changed = change(states, actions)
+    episode = (images, changed_states, changed, text, scene)
+    real_data.write_dataset(tmp_path / "set", [episode] * 2, 5)
+    dim = changed.shape[1] if not names else 7
+    demos = data_open(tmp_path / "set", convert=names, action_dim=dim)
+    return np.concatenate([actions, actions]), demos.actions
+
+
+def data_gripper(function):
+    """Return a change of the gripper's commands alone."""
+    return lambda states, actions: (
+        states, np.column_stack([actions[:, :6], function(actions[:, 6])])
+    )
+
+
+def data_in_degrees(states, actions):
+    return states, actions * np.array([1, 1, 1, 57.29578, 57.29578, 57.29578, 1])
+
+
+def data_as_poses(states, actions):
+    """Integrate the deltas as the simulation does, from the first measured pose on."""
+    position = states[0, :3].astype(float)
+    frame = envs.frame_of(states[:1, 3:6].astype(float))
+    poses = []
+    for action in actions.astype(float):
+        position = position + action[:3]
+        frame = envs.frame_of(action[None, 3:6]) @ frame
+        poses.append(np.concatenate([position, envs.euler_of(frame)[0], action[6:]]))
+    return states, np.array(poses)
+
+
+def data_as_joints(states, actions):
+    """Follow the deltas with the arm of envs.py, from its home position on."""
+    joints = envs.HOME[None].astype(float)
+    position, frame, _ = envs.forward_kinematics(joints)
+    measured = np.repeat(joints, len(actions), axis=0)
+    rows = []
+    for action in actions.astype(float):
+        position = position + action[:3]
+        frame = envs.frame_of(action[None, 3:6]) @ frame
+        joints = envs.inverse_kinematics(joints, position, frame, iterations=30, posture=0.0)
+        rows.append(np.append(joints[0], action[6]))
+    return np.column_stack([measured, states[:, 6:]]), np.array(rows)
+
+
+@pytest.mark.parametrize("name, change, tolerance", [
+    ("degrees", data_in_degrees, 1e-5),
+    ("gripper-open-1", data_gripper(lambda grip: (grip + 1) / 2), 1e-6),
+    ("gripper-closed-1", data_gripper(lambda grip: (1 - grip) / 2), 1e-6),
+    ("gripper-flipped", data_gripper(lambda grip: -grip), 1e-6),
+    ("absolute-poses", data_as_poses, 1e-5),
+    ("panda-joints", data_as_joints, 2e-3),
+])
+def test_conversions_recover_the_contract(tmp_path, name, change, tolerance):
+    """Each of CONVERSIONS undoes what it is for; poses turn about all three axes at once."""
+    was, read = data_converted(tmp_path, change, name)
+    assert np.allclose(read, was, atol=tolerance)
+
+
+def test_conversions_follow_each_other_and_come_from_files(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def convert(episode):\n    return dict(episode, actions=episode['actions'] * 2)\n"
+    )
+    change = data_gripper(lambda grip: (grip + 1) / 4)
+    was, read = data_converted(tmp_path, change, str(tmp_path / "mine.py"), "gripper-open-1")
+    assert np.allclose(read[:, 6], was[:, 6]) and np.allclose(read[:, :6], 2 * was[:, :6])
+
+
+def test_control_rate_adds_deltas_and_keeps_their_pictures(tmp_path):
+    real_data.write_dataset(tmp_path / "set", [data_episode(0, 9), data_episode(1, 8)], 10)
+    every = data_open(tmp_path / "set")
+    half = data_open(tmp_path / "set", convert="control-rate")
+    assert half.fps == 5 and half.lengths.tolist() == [5, 4]
+    starts = np.array([0, 2, 4, 6, 8, 9, 11, 13, 15])
+    assert np.array_equal(data_all(half)["images"], data_all(every)["images"][starts])
+    added = np.add.reduceat(every.actions, starts)
+    assert np.allclose(half.actions[:, :6], added[:, :6], atol=1e-6)
+    assert np.allclose(half.actions[:, 6], every.actions[[1, 3, 5, 7, 8, 10, 12, 14, 16], 6])
+
+
+@pytest.mark.parametrize("convert, message", [
+    (lambda episode: dict(episode, actions=episode["actions"][:2]), "2 actions for 9 frames"),
+    (lambda episode: episode["no such key"], "episode 0: got KeyError"),
+    ("nowhere.py", "nowhere.py: got FileNotFoundError.*'absolute-poses'"),
+])
+def test_wrong_conversions_are_named(tmp_path, convert, message):
+    real_data.write_dataset(tmp_path / "set", [data_episode(0, 9)], 5)
+    with pytest.raises(ValueError, match=message):
+        data_open(tmp_path / "set", convert=convert)
 
 
 def check_evaluate_wilson():
@@ -2590,7 +2715,7 @@ def test_foreign_tensors_load_and_wrong_tensors_are_all_listed(tmp_path):
     policy.save(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {key: value.bfloat16() for key, value in load_file(file).items()}
-    save_file(dict(tensors, **{"proprio_projector.x": torch.zeros(2)}), file)
+    save_file(dict(tensors, **{"value_head.x": torch.zeros(2)}), file)
     loaded = policies.official_tensors(policies.load_policy(tmp_path))
     assert all(torch.equal(loaded[key], tensors[key].float()) for key in tensors)
     del tensors["projector.fc1.bias"]
@@ -2680,15 +2805,33 @@ def test_writer_refuses_and_leaves_nothing(tmp_path):
         real_data.write_dataset(tmp_path / "set", [good], 10)
 
 
-def test_colour_scene_cameras_come_first():
+@pytest.mark.parametrize("key, change", [
+    ("x.a", dict(info={"is_depth_map": True})),
+    ("x.a", {"video.is_depth_map": True}),
+    ("x.a", dict(shape=[16, 16, 1])),
+    ("x.a", dict(info={"video.channels": 1})),
+    ("x.a", dict(info={"video.pix_fmt": "gray16le"})),
+    ("x.front_depth", {}),
+    ("x.front_ir", {}),
+    ("x.segmentation_front", {}),
+    ("x.tactile_left", {}),
+    ("x.wrist", {}),
+    ("x.eye_in_hand", {}),
+    ("x.ee_cam", {}),
+])
+def test_colour_scene_cameras_come_first(key, change):
     colour = dict(dtype="video", shape=[16, 16, 3])
-    depth = dict(colour, info={"is_depth_map": True})
-    grey = dict(colour, shape=[16, 16, 1])
-    features = {"x.wrist": colour, "x.a": depth, "x.b": grey, "x.c": colour}
-    assert real_data.choose_cameras(features, None) == (["x.c"], list(features))
-    assert real_data.choose_cameras(features, ["b", "x.a"])[0] == ["x.b", "x.a"]
-    with pytest.raises(ValueError, match="need 1 to 3 of"):
-        real_data.choose_cameras(features, "d")
+    features = {key: dict(colour, **change), "x.overhead": colour}
+    assert real_data.choose_cameras(features, None) == (["x.overhead"], list(features))
+    assert real_data.choose_cameras(features, key.split(".")[1])[0] == [key]
+    with pytest.raises(ValueError, match="need 1 to 3 of.*--camera"):
+        real_data.choose_cameras(features, "no such")
+
+
+def test_depth_alone_is_not_taken_unasked():
+    features = {"x.depth": dict(dtype="video", shape=[16, 16, 3])}
+    with pytest.raises(ValueError, match="in colour: \\[\\]"):
+        real_data.choose_cameras(features, None)
 
 
 DATA_ROWS = "data/chunk-000/episode_000001.parquet"
@@ -2720,6 +2863,30 @@ def data_file(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def data_column(column, values):
+    """Return a function that sets a column of episode 1, or takes it away (None)."""
+
+    def change(folder):
+        table = pq.read_table(folder / DATA_ROWS).to_pydict()
+        table[column] = values
+        if values is None:
+            table.pop(column)
+        pq.write_table(pa.table(table), folder / DATA_ROWS)
+
+    return change
+
+
+def data_info(**entries):
+    """Return a function that sets entries of info.json."""
+
+    def change(folder):
+        info = json.loads((folder / "meta/info.json").read_text())
+        (folder / "meta/info.json").write_text(json.dumps(dict(info, **entries)))
+
+    return change
+
+
+EPISODES_0_1 = '{"episode_index": 0, "length": 6}\n{"episode_index": 1, "length": 9}\n'
 TASK_0 = '{"task_index": 0, "task": "x"}'
 POINTER = "version https://git-lfs.github.com/spec/v1"
 DATA_FAULTS = {  # what happens to episode 1: the damage, the message
@@ -2738,11 +2905,40 @@ DATA_FAULTS = {  # what happens to episode 1: the damage, the message
     ),
     "video pointer": (
         data_file(DATA_VIDEO, POINTER),
-        r"image: got frames missing.*git lfs pull.*\(episode 1\)",
+        r"image: got a git-lfs pointer.*git lfs pull.*\(episode 1\)",
     ),
     "rows pointer": (
         data_file(DATA_ROWS, POINTER),
-        "episode_000001.*git lfs pull",
+        "episode_000001.*got a git-lfs pointer.*git lfs pull",
+    ),
+    "meta pointer": (
+        data_file("meta/episodes.jsonl", POINTER),
+        "episodes.jsonl: got a git-lfs pointer.*git lfs pull",
+    ),
+    "web page": (
+        data_file("meta/info.json", "<!DOCTYPE html><html>"),
+        "info.json: got a web page",
+    ),
+    "empty": (data_file(DATA_ROWS, ""), "episode_000001.*got an empty file"),
+    "no rate": (data_info(fps=None), "info.json: fps: got None; need actions per second"),
+    "no features": (data_info(features=None, fps=-1), "fps: got -1.*\n.*features: got None"),
+    "other version": (data_info(codebase_version="v1.6"), "version: got v1.6; need LeRobot v2.0"),
+    "no column": (
+        data_column("wrist_image", None),
+        r"no column \['wrist_image'\] in 1 of 4 files .*--camera NAME",
+    ),
+    "no image": (
+        data_column("wrist_image", [{"bytes": b"no PNG", "path": ""}] * 9),
+        r"wrist_image: got a cell of episode_000001.parquet that holds no image.*\(episode 1",
+    ),
+    "ragged": (
+        data_cell("actions", 2, [0.0] * 5),
+        r"actions: got rows of different sizes.*\(episode 1\)",
+    ),
+    "rows of no episode": (data_file("meta/episodes.jsonl", EPISODES_0_1), "12 rows that belong"),
+    "times": (
+        data_column("timestamp", [0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]),
+        r"times: got rows up to 0.100 s off.*--convert as-is",
     ),
 }
 
@@ -2755,6 +2951,40 @@ def test_faults_are_named(tmp_path, fault):
     with pytest.raises(ValueError, match=message):
         data_open(tmp_path / "set", cameras=["image", "wrist_image"])
     assert list(tmp_path.glob("cache/*")) == []
+
+
+def test_times_a_little_off_do_not_matter(tmp_path):
+    """Pictures in the rows need no times at all; those of a video go with rows by their order."""
+    data_v21(tmp_path / "set")
+    late = [0.0, 0.1, 0.2, 0.34, 0.4, 0.5, 0.6, 0.7, 0.8]
+    data_column("timestamp", late)(tmp_path / "set")
+    data_open(tmp_path / "set", cameras="image")
+    data_column("timestamp", [2 * time for time in late])(tmp_path / "set")
+    data_open(tmp_path / "set", cameras="wrist_image")
+    with pytest.raises(ValueError, match="times"):
+        data_open(tmp_path / "set", cameras="image")
+
+
+def test_a_video_of_another_rate_is_refused(tmp_path):
+    """Many episodes in one mp4: a wrong rate would give them each other's pictures."""
+    data_write(tmp_path / "set")
+    data_info(fps=20)(tmp_path / "set")
+    with pytest.raises(ValueError, match="got 10.0 frames a second; need 20, as in info.json"):
+        data_open(tmp_path / "set", convert="as-is")
+
+
+def test_killed_processes_leave_nothing_for_ever(tmp_path):
+    """What this machine's dead processes have left is removed; what others write stays."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead = tmp_path / f"decoding-{socket.gethostname()}-{process.pid}-x"
+    alive = tmp_path / f"decoding-{socket.gethostname()}-{os.getpid()}-x"
+    elsewhere = tmp_path / f"decoding-elsewhere-{process.pid}-x"
+    for folder in (dead, alive, elsewhere):
+        folder.mkdir()
+    with real_data.temporary_folder(tmp_path, "decoding-") as own:
+        assert own.is_dir()
+    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere])
 
 
 def test_all_faults_in_one_message(tmp_path):
@@ -2775,22 +3005,53 @@ def test_an_unreachable_hub_id_tells_the_command(monkeypatch):
         real_data.open_dataset("some/robot-data")
 
 
-@pytest.mark.parametrize(
-    "column, value, message",
-    [
-        (6, 1, None),
-        (0, 0.5, "got 100% of the frames.*deltas in metres"),
-        (6, np.array([0, 0, 0, 1, 1, 1]), "got 50% of the frames.*gripper of -1"),
-    ],
-)
+@pytest.mark.parametrize("column, value, message", [
+    (6, 1, None),
+    (0, 0.5, "moves: got 100.00% of the frames.*up to 0.5.*deltas in metres.*absolute-poses"),
+    (4, np.array([0, 0, 0, 5, 0, 0]), "turns: got 16.67%.*up to 5.*radians.*degrees"),
+    (6, np.array([0, 0, 0, 1, 1, 1]), "gripper: got 50.00%.*gripper-open-1.*gripper-closed-1"),
+    (6, 255, "gripper: got 100.00%.*up to 255"),
+])
 def test_units_are_doubted(tmp_path, recwarn, column, value, message):
+    """Refused with the share of frames, the largest value and a way out, unless as-is is said."""
     episode = data_episode(0, 6)
     episode[2][:, column] = value
     real_data.write_dataset(tmp_path / "set", [episode], 5)
-    data_open(tmp_path / "set")
-    told = [str(each.message) for each in recwarn if each.category is UserWarning]
-    assert len(told) == (message is not None)
-    assert message is None or re.search(message, told[0])
+    if message is None:
+        data_open(tmp_path / "set")
+    else:
+        with pytest.raises(ValueError, match=message):
+            data_open(tmp_path / "set")
+        assert not list(tmp_path.glob("cache/*"))
+        data_open(tmp_path / "set", convert="as-is")
+    assert not [each for each in recwarn if each.category is UserWarning]
+
+
+def test_a_glitch_is_warned_of_and_fast_recordings_move_less(tmp_path):
+    episode = data_episode(0, 200)
+    episode[2][50, 0] = 0.3
+    real_data.write_dataset(tmp_path / "glitch", [episode], 5)
+    with pytest.warns(UserWarning, match="moves: got 0.50% of the frames"):
+        data_open(tmp_path / "glitch")
+    episode = data_episode(0, 6)
+    episode[2][:, 0] = 0.05                               # m: .25 m/s at 5 Hz, 1.5 m/s at 30 Hz
+    real_data.write_dataset(tmp_path / "slow", [episode], 5)
+    data_open(tmp_path / "slow")
+    real_data.write_dataset(tmp_path / "fast", [episode], 30)
+    with pytest.raises(ValueError, match="up to 0.0333 a step"):
+        data_open(tmp_path / "fast")
+
+
+def test_a_flipped_gripper_is_told_by_its_opening(tmp_path):
+    images, states, actions, text, scene = data_episode(0, 24)
+    actions[:, 6] = np.repeat([1, -1, 1], 8)              # opening follows, one step later
+    states[:, 6] = 0.04 + 0.04 * np.roll(actions[:, 6], 1)
+    real_data.write_dataset(tmp_path / "right", [(images, states, actions, text, scene)], 5)
+    data_open(tmp_path / "right")
+    actions[:, 6] *= -1
+    real_data.write_dataset(tmp_path / "wrong", [(images, states, actions, text, scene)], 5)
+    with pytest.raises(ValueError, match="commands against its opening.*gripper-flipped"):
+        data_open(tmp_path / "wrong")
 
 
 def test_cache_is_used_again(tmp_path, monkeypatch):
@@ -3112,6 +3373,867 @@ def test_pretrain_records_scenes_with_their_labels():
         np.testing.assert_allclose(states[:, 8:11], states[:, :3])  # the tool, at every step
 
 
+# ---- what people have: checkpoints and interruptions -------------------------------------------
+
+
+LIMIT = [0.04] * 3 + [0.2] * 3 + [1.0]        # of actions, as statistics
+
+
+def fault_copy(tmp_path, name, target="policy"):
+    """Return a copy of a bundled checkpoint as somebody else would have written it."""
+    folder = tmp_path / target
+    shutil.copytree(policies.BUNDLED[name], folder)
+    (folder / "policy.json").unlink()
+    (folder / "heads.safetensors").unlink()
+    return folder
+
+
+def fault_json(path, **changed):
+    """Change fields of a JSON file; a dot goes into the field."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in changed.items():
+        *outer, last = name.split(".")
+        inner = content
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    path.write_text(json.dumps(content))
+
+
+def fault_range(size=7, high=0.5):
+    return dict(q01=[-high] * size, q99=[high] * size)
+
+
+def fault_named(folder, *words, **options):
+    """Loading is refused by a message of the usual form with all these words."""
+    with pytest.raises(ValueError) as caught:
+        policies.load_policy(folder, **options)
+    message = str(caught.value)
+    for word in (*words, "got ", "; need ", "; try "):
+        assert word in message, message
+    return message
+
+
+def fault_adapter(tmp_path, name="openvla"):
+    """Return the folder of adapters (B is not 0) for a bundled checkpoint, as PEFT writes it."""
+    policy = policies.load_policy(name, lora_rank=2)
+    for layer in policies.lora_modules(policy).values():
+        layer.lora_B.weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path / "adapter"
+    policies.save_lora(policy, folder, base=str(policies.BUNDLED[name]))
+    return folder
+
+
+def fault_tensors(file, changed):
+    """Add tensors to a file of safetensors."""
+    save_file({**load_file(file), **changed}, file)
+
+
+def fault_lerobot(tmp_path, state=8, **config):
+    """Return the bundled pi0.5 as LeRobot would have saved it."""
+    folder = fault_copy(tmp_path, "pi05")
+    shutil.rmtree(folder / "assets")
+    content = json.loads((folder / "config.json").read_text())
+    content["max_action_dim"] = content.pop("action_dim")
+    content["chunk_size"] = content.pop("action_horizon")
+    content["tokenizer_max_length"] = content.pop("max_token_len")
+    (folder / "config.json").write_text(json.dumps(content))
+    modes = dict(ACTION="QUANTILES", STATE="QUANTILES", VISUAL="IDENTITY")
+    features = {"observation.images.front": dict(type="VISUAL", shape=[3, 224, 224])}
+    fault_json(
+        folder / "config.json",
+        paligemma_variant="gemma_2b",
+        action_expert_variant="gemma_300m",
+        n_action_steps=6,
+        num_inference_steps=5,
+        max_state_dim=32,
+        empty_cameras=0,
+        image_resolution=[64, 64],
+        use_relative_actions=False,
+        rtc_config=None,
+        normalization_mapping=modes,
+        input_features=features,
+        output_features=dict(action=dict(type="ACTION", shape=[7])),
+    )
+    fault_json(folder / "config.json", **config)
+    steps = [
+        ("rename_observations_processor", dict(rename_map={})),
+        ("to_batch_processor", {}),
+        ("relative_actions_processor", dict(enabled=False, exclude_joints=[])),
+        ("normalizer_processor", dict(eps=1e-8, features={}, norm_map=modes)),
+        (policies.STATE_STEP, {}),
+        ("tokenizer_processor", dict(max_length=200, padding_side="right")),
+        ("device_processor", dict(device="cpu", float_dtype=None)),
+    ]
+    steps = [dict(registry_name=name, config=options) for name, options in steps]
+    fault_json(folder / "policy_preprocessor.json", steps=steps)
+    steps = [dict(registry_name="unnormalizer_processor", config=dict(norm_map=modes))]
+    fault_json(folder / "policy_postprocessor.json", steps=steps)
+    high = torch.tensor(LIMIT)
+    wide = torch.ones(state)
+    stats = {"action.q01": -high, "action.q99": high}
+    stats |= {"observation.state.q01": -wide, "observation.state.q99": wide}
+    for name in ("preprocessor_step_3_normalizer", "postprocessor_step_0_unnormalizer"):
+        save_file(stats, folder / f"policy_{name}_processor.safetensors")
+    return folder
+
+
+def fault_seen(size=64):
+    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    return images, ["open the drawer", "pick up the carrot"]
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_an_adapter_brings_its_own_files(tmp_path, name):
+    """Statistics, tokenizer, settings and heads of the adapter's folder count before the base's."""
+    folder = fault_adapter(tmp_path, name)
+    own = fault_range()
+    if name == "openvla":
+        policies.write_json(folder / "dataset_statistics.json", dict(lab=dict(action=own)))
+    else:
+        stats = dict(norm_stats=dict(actions=own))
+        policies.write_json(folder / "assets/lab/norm_stats.json", stats)
+    setting = dict(openvla=dict(temperature=0.7), pi05=dict(steps=3))[name]
+    policies.write_json(folder / "policy.json", dict(settings=setting))
+    shutil.copy(policies.BUNDLED[name] / "tokenizer.json", folder)
+    heads = load_file(policies.BUNDLED[name] / "heads.safetensors")
+    heads = {key: value.float() + 1 for key, value in heads.items()}
+    save_file(heads, folder / "heads.safetensors")
+    policy = policies.load_policy(folder)
+    assert policy.stats["action"]["q99"] == own["q99"]
+    assert setting.items() <= policy.settings.items()
+    state = policy.state_dict()
+    assert all(torch.equal(state[key], heads[key]) for key in heads)
+    notes = "\n".join(policy.notes)
+    for words in ("statistics: lab, ", f"tokenizer: {folder}", f"adapter: {folder} on the base"):
+        assert words in notes
+    policy.save(tmp_path / "saved")
+    again = policies.load_policy(tmp_path / "saved")
+    assert again.statistics == policy.statistics
+    assert again.settings == json.loads(json.dumps(policy.settings))
+
+
+PEFT_FAULTS = [
+    dict(use_dora=True),
+    dict(use_rslora=True),
+    dict(alpha_pattern={"q_proj": 4}),
+    dict(bias="lora_only"),
+    dict(modules_to_save=["lm_head"]),
+    dict(lora_bias=True),
+    dict(init_lora_weights="pissa_niter_16"),
+    dict(init_lora_weights="loftq"),
+    dict(trainable_token_indices=[1]),
+    dict(peft_type="IA3"),
+    dict(fan_in_fan_out=True),
+    dict(layer_replication=[[0, 2]]),
+    dict(a_field_of_tomorrow="on"),
+]
+
+
+def test_peft_that_is_not_plain_lora_is_refused_by_name(tmp_path):
+    folder = fault_adapter(tmp_path)
+    plain = (folder / "adapter_config.json").read_text()
+    for fault in PEFT_FAULTS:
+        (folder / "adapter_config.json").write_text(plain)
+        fault_json(folder / "adapter_config.json", **fault)
+        fault_named(folder, *fault)
+    (folder / "adapter_config.json").write_text(plain)
+    layer = "base_model.model.language_model.lm_head"
+    strange = {
+        f"{layer}.lora_magnitude_vector": torch.ones(3),
+        f"{layer}.modules_to_save.weight": torch.ones(3),
+        f"{layer}.lora_B.bias": torch.ones(3),
+        f"{layer}.base_layer.weight": torch.ones(579, 128),
+        "base_model.model.nowhere.lora_A.weight": torch.ones(2, 3),
+    }
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, value in strange.items():
+        save_file({**tensors, key: value}, file)
+        fault_named(folder, key)
+    del tensors[f"{layer}.lora_B.weight"]
+    save_file(tensors, file)
+    fault_named(folder, f"{layer}.lora_B.weight")
+    file.rename(folder / "adapter_model.bin")
+    fault_named(folder, "no ['adapter_model.safetensors']", "adapter_model.bin", "safetensors")
+
+
+def test_the_base_of_an_adapter_can_be_given(tmp_path):
+    folder = fault_adapter(tmp_path)
+    for moved in ("/moved/away", None):
+        fault_json(folder / "adapter_config.json", base_model_name_or_path=moved)
+        fault_named(folder, str(moved), "--load base=PATH")
+    options = policies.parse_load([f"base={policies.BUNDLED['openvla']}"])
+    assert policies.lora_modules(policies.load_policy(folder, **options))
+    fault_named("openvla", "base: got", base="pi05")
+    policy = policies.load_policy(folder, **options)
+    policy.save(tmp_path / "run/policy")  # has adapters of its own
+    fault_named(tmp_path / "run", "adapters: got", adapter=folder)
+    notes = policies.load_policy(REFERENCE / "openvla_a").notes
+    assert any("--load adapter=PATH" in note for note in notes), "one lies in its folder"
+    shutil.copy(tmp_path / "run/policy/model.safetensors", folder)
+    fault_named(folder, "adapter_config.json", "model.safetensors")
+
+
+def test_files_that_nothing_reads_are_refused_by_name(tmp_path):
+    folder = fault_copy(tmp_path, "openvla")
+    for name in ("optimizer.pt", "scheduler.bin", "rng_state_0.pth", "training_args.bin"):
+        (folder / name).write_bytes(b"x")
+    (folder / "resume.pt").write_bytes(b"x")
+    policies.load_policy(folder)
+    for name in (
+        "action_head--5000_checkpoint.pt",
+        "proprio_projector--5000_checkpoint.pt",
+        "noisy_action_projector--5000_checkpoint.pt",
+        "vision_backbone--5000_checkpoint.pt",
+        "action_head.pt",
+    ):
+        (folder / name).write_bytes(b"x")
+        fault_named(folder, name, "OpenVLA-OFT", "not tokens")
+        (folder / name).unlink()
+    for name in (
+        "value.pt",
+        "pytorch_model.bin",
+        "flax_model.msgpack",
+        "more.pth",
+        "adapter_model.safetensors",
+        "norm_stats.json",
+    ):
+        (folder / name).write_bytes(b"x")
+    unread = fault_named(folder, "value.pt", "norm_stats.json", "move away")
+    assert "more.pth" in unread and "msgpack" in unread and "pytorch_model.bin" in unread
+    assert "optimizer" not in unread
+
+
+def test_tensors_of_other_models_are_refused_by_name(tmp_path):
+    for name, foreign in (
+        ("openvla", ("action_head.fc1.weight", "proprio_projector.fc1.bias")),
+        ("pi05", ("state_proj.weight", "model.action_time_mlp_in.weight")),
+    ):
+        folder = fault_copy(tmp_path, name, name)
+        fault_tensors(folder / "model.safetensors", {key: torch.zeros(2) for key in foreign})
+        for key in foreign:
+            fault_named(folder, key.removeprefix("model."))
+        key = next(iter(load_file(policies.BUNDLED[name] / "model.safetensors")))
+        fault_tensors(folder / "model.safetensors", {key: torch.zeros(2, dtype=torch.int8)})
+        fault_named(folder, "integers")
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_heads_are_taken_or_said_to_start_anew(tmp_path, name):
+    folder = fault_copy(tmp_path, name)
+    notes = policies.load_policy(folder).notes
+    assert any("value_head: starts anew, because the checkpoint has none" in x for x in notes)
+    file = folder / "model.safetensors"
+    heads = load_file(policies.BUNDLED[name] / "heads.safetensors")
+    plain = load_file(file)
+    save_file({**plain, **heads}, file)
+    policy = policies.load_policy(folder)
+    assert not any("anew" in note for note in policy.notes)
+    state = policy.state_dict()
+    assert all(torch.equal(state[key], heads[key].float()) for key in heads)
+    save_file({**plain, "value_head.head_l1.weight": torch.zeros(3, 3)}, file)
+    assert any("value_head: starts anew" in x for x in policies.load_policy(folder).notes)
+
+
+def test_shards_are_those_of_the_index(tmp_path):
+    folder = fault_copy(tmp_path, "openvla")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for part in range(2):
+        name = f"model-0000{part + 1}-of-00002.safetensors"
+        shard = {key: tensors[key] for key in sorted(tensors)[part::2]}
+        save_file(shard, folder / name)
+        index |= dict.fromkeys(shard, name)
+    policies.write_json(folder / "model.safetensors.index.json", dict(weight_map=index))
+    policies.load_policy(folder)
+    save_file(tensors, folder / "stray.safetensors")
+    fault_named(folder, "stray.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    fault_named(folder, "stray.safetensors", "each tensor once")
+    (folder / "stray.safetensors").unlink()
+    policies.write_json(folder / "model.safetensors.index.json", dict(weight_map=index))
+    (folder / name).unlink()
+    fault_named(folder, name)
+
+
+POINTER_FILE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("content, words", [
+    (POINTER_FILE, "a git-lfs pointer; .*git lfs pull"),
+    (b"", "an empty file"),
+    (b"\n<!DOCTYPE html><html>", "an HTML page"),
+    (b'{"a": [1, 2', "to download it again"),
+    (None, "no such file"),
+])
+def test_files_that_are_not_what_they_seem(tmp_path, content, words):
+    """One message: which file, what it is, what to do."""
+    names = ("config.json", "model.safetensors", "tokenizer.json", "dataset_statistics.json")
+    for name in names if content is not None else names[:1]:
+        folder = fault_copy(tmp_path, "openvla", name)
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: got .*{words}"):
+            policies.load_policy(folder)
+
+
+def test_fields_of_openvla_that_are_not_honoured_are_refused_together(tmp_path):
+    folder = fault_copy(tmp_path, "openvla")
+    wrong = {
+        "n_action_bins": 128,
+        "image_resize_strategy": "letterbox",
+        "use_fused_vision_backbone": False,
+        "image_sizes": [64, 32],
+        "timm_model_ids": ["vit_base", "vit_so400m_patch14_siglip_224"],
+        "arch_specifier": "linear",
+        "llm_backbone_id": "vicuna-v15-7b",
+        "quantization_config": dict(bits=4),
+        "use_proprio": True,
+        "text_config.rope_scaling": dict(type="linear", factor=2),
+        "text_config.rope_parameters": dict(rope_type="yarn", rope_theta=1e4),
+        "text_config.num_key_value_heads": 2,
+        "text_config.head_dim": 16,
+        "text_config.hidden_act": "gelu",
+        "text_config.attention_bias": True,
+        "text_config.tie_word_embeddings": True,
+        "text_config.eos_token_id": 7,
+    }
+    right = (folder / "config.json").read_text()
+    fault_json(folder / "config.json", **wrong)
+    fault_json(folder / "preprocessor_config.json", tvf_do_letterbox=True, means=[[0.5] * 3] * 2)
+    wrong["text_config.rope_parameters.rope_type"] = wrong.pop("text_config.rope_parameters")
+    message = fault_named(folder, *wrong, "tvf_do_letterbox", "means")
+    assert len(message.splitlines()) == len(wrong) + 2
+    (folder / "config.json").write_text(right)
+    shutil.copy(policies.BUNDLED["openvla"] / "preprocessor_config.json", folder)
+    for wrong in (dict(image_sizes=64), dict(text_config="llama"), dict(pad_to_multiple_of=None)):
+        (folder / "config.json").write_text(right)
+        fault_json(folder / "config.json", **wrong)
+        fault_named(folder, "config.json")
+    (folder / "config.json").write_text(right)
+    theta = dict(rope_type="default", rope_theta=500.0)
+    fault_json(folder / "config.json", **{"text_config.rope_parameters": theta})
+    assert policies.load_policy(folder).language_model.model.theta == 500
+
+
+PI05_FAULTS = [
+    dict(paligemma_variant="gemma_300m"),
+    dict(action_expert_variant="gemma_2b"),
+    dict(pi05=False),
+    dict(type="pi0"),
+    dict(n_obs_steps=2),
+    dict(use_relative_actions=True),
+    dict(rtc_config=dict(enabled=True)),
+    dict(image_resolution=[224, 224]),
+    dict(max_period=2.0),
+    dict(time_sampling_beta_alpha=1.0),
+    dict(output_features=dict(action=dict(type="ACTION", shape=[14]))),
+    {"normalization_mapping.ACTION": "MEAN_STD"},
+    {"normalization_mapping.STATE": "MEAN_STD"},
+    {"normalization_mapping.VISUAL": "MEAN_STD"},
+]
+
+
+def test_fields_of_pi05_that_are_not_honoured_are_refused_by_name(tmp_path):
+    folder = fault_lerobot(tmp_path)
+    right = (folder / "config.json").read_text()
+    for fault in PI05_FAULTS:
+        (folder / "config.json").write_text(right)
+        fault_json(folder / "config.json", **fault)
+        name = next(iter(fault))
+        fault_named(folder, dict(output_features="output_features.action.shape").get(name, name))
+    fault_json(folder / "config.json", **{"normalization_mapping.VISUAL": "IDENTITY"})
+    policies.load_policy(folder, discrete_state=False)  # the mode of the state does not matter
+
+
+STEP_FAULTS = [
+    ("delta_action_processor", {}),
+    ("relative_actions_processor", dict(enabled=True)),
+    ("normalizer_processor", dict(norm_map=dict(ACTION="MIN_MAX"))),
+    ("normalizer_processor", dict(norm_map=dict(STATE="IDENTITY"))),
+    ("tokenizer_processor", dict(max_length=48)),
+    ("tokenizer_processor", dict(padding_side="left")),
+]
+
+
+def test_steps_of_lerobot_that_are_not_done_are_refused_by_name(tmp_path):
+    folder = fault_lerobot(tmp_path)
+    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        right = (folder / file).read_text()
+        steps = json.loads(right)["steps"]
+        for name, config in STEP_FAULTS:
+            step = dict(registry_name=name, config=config)
+            fault_json(folder / file, steps=[*steps, step])
+            fault_named(folder, file, name)
+        (folder / file).write_text(right)
+
+
+def test_lerobot_is_honoured(tmp_path, monkeypatch):
+    """State in the prompt, in its statistics; executed actions, steps, epsilons; as in facts."""
+    folder = fault_lerobot(tmp_path, state=7)
+    arrays = np.load(REFERENCE / "pi05_preproc/preproc.npz")
+    for file in folder.glob("policy_p*.safetensors"):
+        stats = {f"observation.state.{key}": torch.tensor(arrays[key]) for key in ("q01", "q99")}
+        fault_tensors(file, stats)
+    policy = policies.load_policy(folder)
+    assert policy.reads_state
+    assert (policy.chunk, policy.steps, policy.settings["style"]) == (6, 5, "lerobot")
+    notes = "\n".join(policy.notes)
+    assert "with the numbers of the state" in notes and "6 of 8 are executed" in notes
+    assert "observation.images.front" in notes
+    with_state = json.loads((REFERENCE / "pi05_preproc/prompts.json").read_text())["with_state"]
+    edges = np.linspace(-1, 1, 257)[:-1]
+    bins = np.digitize(arrays["lerobot_state_norm"], edges) - 1  # openpi's but for dimension 5
+    assert (np.delete(bins == arrays["state_bins"], 5, axis=1)).all()
+    expected = []
+    for row, numbers in zip(with_state, bins):
+        numbers = " ".join(str(number) for number in numbers)
+        expected.append(re.sub("State: .*;", f"State: {numbers};", row["prompt"]))
+    calls = []
+    encode = policy.encode
+    monkeypatch.setattr(policy, "encode", lambda text: calls.append(text) or encode(text))
+    policy.prompt([row["task"] for row in with_state], arrays["state"])
+    assert calls == expected
+    policy.save(tmp_path / "saved")
+    again = policies.load_policy(tmp_path / "saved")
+    assert again.settings == json.loads(json.dumps(policy.settings))
+    assert again.statistics == policy.statistics
+    options = policies.parse_load(["discrete_state=false", "chunk=4", "steps=4"])
+    policy = policies.load_policy(folder, **options)
+    assert not policy.reads_state and policy.chunk == policy.steps == 4
+    file = folder / "policy_preprocessor.json"
+    steps = json.loads(file.read_text())["steps"]
+    new_line = dict(registry_name="pi0_new_line_processor", config={})
+    steps = [new_line if step["registry_name"] == policies.STATE_STEP else step for step in steps]
+    fault_json(file, steps=steps)
+    assert not policies.load_policy(folder).reads_state, "its processor says so"
+    file = next(folder.glob("policy_postprocessor*.safetensors"))
+    fault_tensors(file, {"action.q99": torch.ones(7)})
+    fault_named(folder, file.name, "two different action.q99")
+
+
+def test_openpi_says_whether_the_state_is_read(tmp_path):
+    folder = fault_copy(tmp_path, "pi05")
+    assert not policies.load_policy(folder).reads_state
+    fault_json(folder / "config.json", discrete_state_input=True)
+    assert policies.load_policy(folder).reads_state
+
+
+def test_a_state_of_another_size_is_refused():
+    policy = policies.load_policy("pi05", discrete_state=True)
+    images, texts = fault_seen()
+    state = torch.rand(2, 8)
+    state[:, 7] = 0
+    bins = {}
+    for size in (7, 8, 32):
+        high = [1.0] * min(size, 8) + [0.0] * (size - 8)  # openpi pads with zeros
+        stats = dict(q01=[-value for value in high], q99=high)
+        policy.statistics = dict(lab=dict(policy.statistics.get("panda", {}), state=stats))
+        bins[size] = policy.state_bins(state)
+    assert torch.equal(bins[7], bins[8][:, :7]) and torch.equal(bins[32], bins[8])
+    policy.statistics["lab"]["state"] = fault_range(14)
+    with pytest.raises(ValueError, match="got 8 numbers; need 14.*--load discrete_state=false"):
+        policy.act(images, texts, state)
+
+
+STATISTICS_FAULTS = [
+    (fault_range(14), "14 numbers"),
+    (fault_range(8), "8 numbers"),
+    (fault_range(32), "32 numbers"),
+    (fault_range(6), "6 numbers"),
+    (dict(q01=[0.5] * 7, q99=[-0.5] * 7), "q01 above q99"),
+    (dict(q01=[float("nan")] * 7, q99=[1.0] * 7), "not finite"),
+    (dict(mean=[0.0] * 7, std=[1.0] * 7), "no q01 and q99"),
+    (dict(q01=[0.0] * 7, q99=[1.0] * 8), "equally many numbers"),
+    (dict(fault_range(), mask=[True]), "a mask of 1"),
+]
+
+
+def fault_statistics(folder, name, **actions):
+    """Write statistics of the data sets, data set -> those of actions, as the official ones are."""
+    if name == "openvla":
+        stats = {key: dict(action=value) for key, value in actions.items()}
+        fault_json(folder / "config.json", norm_stats=stats)
+        (folder / "dataset_statistics.json").unlink(missing_ok=True)
+        return
+    shutil.rmtree(folder / "assets")
+    for key, value in actions.items():
+        stats = dict(norm_stats=dict(actions=value))
+        policies.write_json(folder / f"assets/{key}/norm_stats.json", stats)
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_statistics_that_do_not_fit_are_refused_at_load(tmp_path, name):
+    folder = fault_copy(tmp_path, name)
+    for fault, words in STATISTICS_FAULTS:
+        fault_statistics(folder, name, arms=fault)
+        fault_named(folder, "arms", words, "7 end-effector deltas", "--load unnorm_key=")
+    assert not policies.load_policy(folder, unnorm_key="none").statistics
+    fault_named(folder, "unnorm_key: got elsewhere", "'arms'", unnorm_key="elsewhere")
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_one_of_several_data_sets_is_chosen(tmp_path, name):
+    """Without a choice, loading works, for training with other statistics; acting does not."""
+    folder = fault_copy(tmp_path, name)
+    fault_statistics(folder, name, arms=fault_range(14), hand=fault_range())
+    fault_named(folder, "statistics arms", "14 numbers", "hand", unnorm_key="arms")
+    policy = policies.load_policy(folder, unnorm_key="hand")
+    assert policy.act(*fault_seen()).actions.shape[2] == 7
+    policy = policies.load_policy(folder)
+    assert not policy.has_statistics() and "none chosen yet" in "\n".join(policy.notes)
+    with pytest.raises(ValueError, match="'hand'.*--load unnorm_key=NAME"):
+        policy.act(*fault_seen())
+    fault_statistics(folder, name, arms=fault_range(14), legs=fault_range(12))
+    fault_named(folder, "statistics arms", "statistics legs")
+
+
+def test_statistics_padded_by_openpi_are_cut(tmp_path):
+    """7 numbers and 25 zeros, which openpi's histogram turns into +-1e-10."""
+    folder = fault_copy(tmp_path, "pi05")
+    seen = fault_seen()
+    plain = policies.load_policy(folder)
+    before = plain.act(*seen, generator=torch.Generator().manual_seed(0)).actions
+    file = folder / "assets/panda/norm_stats.json"
+    stats = json.loads(file.read_text())["norm_stats"]["actions"]
+    stats = {"q01": stats["q01"] + [-1e-10] * 25, "q99": stats["q99"] + [1e-10] * 25}
+    policies.write_json(file, dict(norm_stats=dict(actions=stats)))
+    padded = policies.load_policy(folder)
+    after = padded.act(*seen, generator=torch.Generator().manual_seed(0)).actions
+    assert torch.equal(before, after)
+
+
+def test_load_options_are_parsed():
+    pairs = ["unnorm_key=bridge_orig", "tokenizer=a/b.json", "base=hub/name", "merge=true",
+             "temperature=0.8", "steps=10", "discrete_state=False", "noise_std=0.1,0.2",
+             "horizon=6", "sampler=flow_sde", "adapter=x=y"]
+    assert policies.parse_load(pairs) == dict(
+        unnorm_key="bridge_orig", tokenizer="a/b.json", base="hub/name", merge=True,
+        temperature=0.8, steps=10, discrete_state=False, noise_std=(0.1, 0.2), horizon=6,
+        sampler="flow_sde", adapter="x=y",
+    )
+    wrong = ["steps=ten", "discrete_state=1", "noise_std=0.1", "tempreture=1", "steps", "style="]
+    with pytest.raises(ValueError) as caught:
+        policies.parse_load([*wrong, "chunk=1", "chunk=2"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(wrong) + 1
+    for line, pair in zip(lines, [*wrong, "chunk=2"]):
+        assert f"got {pair};" in line and "; need some of base=str, " in line
+        assert "steps=int" in line and "; try --load " in line
+
+
+@pytest.mark.parametrize("name, pair", [
+    ("openvla", "steps=3"),
+    ("openvla", "temperature=0"),
+    ("pi05", "style=pytorch"),
+    ("pi05", "noise_std=0.2,0.1"),
+    ("pi05", "temperature=1"),
+])
+def test_load_options_that_do_not_fit_are_refused(name, pair):
+    fault_named(name, pair.split("=")[0], "--load", **policies.parse_load([pair]))
+
+
+def test_what_was_loaded_for_is_saved(tmp_path):
+    """Choices of --load are those of the saved policy, and of a run that is named for it."""
+    folder = fault_copy(tmp_path, "openvla", "base")
+    stats = {key: dict(action=fault_range(high=high)) for key, high in (("a", 0.1), ("b", 0.2))}
+    fault_json(folder / "config.json", norm_stats=stats)
+    (folder / "dataset_statistics.json").unlink()
+    (folder / "tokenizer.json").rename(tmp_path / "words.json")
+    policy = policies.load_policy(folder, unnorm_key="b")
+    assert any("--load tokenizer=PATH" in note for note in policy.notes)
+    with pytest.raises(ValueError, match="try --load tokenizer=PATH"):
+        policy.act(*fault_seen())
+    pairs = ["unnorm_key=b", f"tokenizer={tmp_path}/words.json", "temperature=0.8"]
+    policy = policies.load_policy(folder, **policies.parse_load(pairs))
+    policy.save(tmp_path / "run/policy")
+    again = policies.load_policy(tmp_path / "run")
+    assert again.stats == stats["b"] and again.settings == policy.settings
+    assert policies.find_base(tmp_path / "run") == (tmp_path / "run/policy", None)
+    seen = fault_seen()
+    for text in seen[1]:
+        assert again.row(text) == policy.row(text)
+    fault_named(folder, "nowhere.json: got no such file", tokenizer="nowhere.json")
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_texts_that_the_tokenizer_does_not_know(name):
+    policy = policies.load_policy(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policies.check_texts(policy, ["Open the drawer ", "open the drawer", "push zq#!"])
+        policies.check_texts(object(), ["打开抽屉"])
+    with pytest.warns(UserWarning, match="1 of 2 instructions .*打开抽屉.*% of the tokens"):
+        policies.check_texts(policy, ["open the drawer", "打开抽屉"])
+    with pytest.raises(ValueError, match="'打开抽屉'.*same tokens.*--load tokenizer=PATH"):
+        policies.check_texts(policy, ["关上抽屉", "打开抽屉"])
+
+
+def test_prompts_that_are_cut_off():
+    policy = policies.load_policy("pi05")
+    long = "put the cup on the plate " * 60
+    with pytest.warns(UserWarning, match="1 of 2 prompts are cut off at 200 tokens"):
+        policies.check_texts(policy, ["open the drawer", long])
+    with pytest.raises(ValueError, match="the same tokens"):
+        policies.check_texts(policy, [long + "now", long])
+
+
+class EvaluatePool:
+    """A pool that runs each job at once, in this process."""
+
+    def submit(self, function, *job):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*job))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def evaluate_work(args, cell, block):
+    """Return made-up episodes of a block, without a policy."""
+    records = []
+    for k in range(block * evaluate.BLOCK, min(args.episodes, (block + 1) * evaluate.BLOCK)):
+        record = dict(episode=k, success=k % 3 == 0, steps=k, touched=True, failure=False)
+        records.append(dict(record, diverged=False, instruction=cell.task))
+    return records
+
+
+@pytest.fixture
+def evaluate_instant(tmp_path, monkeypatch):
+    """Make evaluate.py run in this process, in an empty folder, and return made-up episodes."""
+    monkeypatch.chdir(tmp_path)
+    pool = contextlib.nullcontext(EvaluatePool())
+    monkeypatch.setattr(evaluate, "worker_processes", lambda count: pool)
+    monkeypatch.setattr(evaluate, "look", lambda args, checkpoint: ["chosen for you"])
+    monkeypatch.setattr(evaluate, "work", evaluate_work)
+    return tmp_path
+
+
+def evaluate_command(flags, capsys):
+    """Run a command line in this process. Returns its exit status and all that it printed."""
+    status = 0
+    capsys.readouterr()
+    try:
+        evaluate.main(flags.split())
+    except SystemExit as stop:
+        status = stop.code
+    text = capsys.readouterr()
+    return status, text.out + text.err
+
+
+def evaluate_result(out):
+    """Return result.json without the command, which names OUT."""
+    return dict(json.loads((pathlib.Path(out) / "result.json").read_text()), command=None)
+
+
+def evaluate_traces(folder):
+    """Return all that is in a folder: names, and times and contents of files."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[path] = None
+        if path.is_file():
+            found[path] = (path.stat().st_mtime_ns, path.read_bytes())
+    return found
+
+
+FLAGS = "--checkpoint openvla pi05 --episodes 60 --domain sim"
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (KeyboardInterrupt(), 130, "\ninterrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left"),
+        (BrokenProcessPool("a process died"), 1, "error: BrokenProcessPool: a process died"),
+        (KeyError("x"), 1, "error: KeyError: 'x' (set TRACEBACK=1 to see where)"),
+    ],
+)
+def test_evaluate_resumes_after(error, status, said, evaluate_instant, monkeypatch, capsys):
+    """Interrupted, and with a line that a kill has cut, it ends with the same result."""
+    assert evaluate_command(f"{FLAGS} --out whole", capsys)[0] == 0
+
+    def broken(args, cell, block):
+        if cell.checkpoint == "pi05" and block == 1:
+            raise error
+        return evaluate_work(args, cell, block)
+
+    monkeypatch.setattr(evaluate, "work", broken)
+    got, text = evaluate_command(f"{FLAGS} --out cut", capsys)
+    assert got == status and "Traceback" not in text
+    [line] = [line for line in text.splitlines() if line.startswith(said.strip())]
+    assert line.endswith("the same command with --resume goes on from cut/episodes.jsonl")
+    assert not pathlib.Path("cut/result.json").exists()
+    with open("cut/episodes.jsonl", "a") as file:
+        file.write('\n{"cell": {"checkpoint": "pi05", "task": "open-dr')
+    monkeypatch.setattr(evaluate, "work", evaluate_work)
+    got, text = evaluate_command(f"{FLAGS} --out cut --resume --workers 7", capsys)
+    assert got == 0 and "openvla: chosen for you\n" in text
+    assert evaluate_result("cut") == evaluate_result("whole")
+    command = json.loads(pathlib.Path("cut/result.json").read_text())["command"]
+    assert command == f"python evaluate.py {FLAGS} --out cut"
+
+
+def test_evaluate_prints_a_finished_result_again(evaluate_instant, monkeypatch, capsys):
+    _, first = evaluate_command(FLAGS, capsys)
+    before = evaluate_result("runs/eval-openvla-open-drawer")
+    monkeypatch.setattr(evaluate, "worker_processes", None)
+    status, text = evaluate_command(f"{FLAGS} --resume", capsys)
+    assert status == 0 and evaluate.table(before["cells"]) in text
+    assert evaluate_result("runs/eval-openvla-open-drawer") == before
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (FLAGS, "--out: got runs/eval-openvla-open-drawer, which holds results"),
+        (f"{FLAGS} --decoding greedy --out done", "--out: got done, which holds results"),
+        (f"{FLAGS} --out cut", "--out: got cut, which holds results"),
+        (f"{FLAGS} --resume --seed 5 --out cut", "--resume: got seed was 999983, is 5; need"),
+        (f"{FLAGS} --resume --out new", "--resume: got no new/episodes.jsonl"),
+        (f"{FLAGS} --out file", "--out: got file (File exists)"),
+        (f"{FLAGS} --out file/a", "--out: got file/a (Not a directory)"),
+        (f"{FLAGS} --out new/{'a' * 300}", "File name too long"),
+        ("--checkpoint pi05 broken --out new", "error: broken: got 1; need 2; try 3"),
+        ("--checkpoint pi05 --episodes 0 --out new", "--episodes: got 0"),
+        ("--checkpoint pi05 --load x=1 --out new", "--load: got x=1"),
+        ("--curves file --out new", "--curves: got file"),
+    ],
+)
+def test_a_refused_evaluation_leaves_no_trace(flags, said, evaluate_instant, monkeypatch, capsys):
+    def look(args, checkpoint):
+        if checkpoint == "broken":
+            raise ValueError("broken: got 1; need 2; try 3")
+        return []
+
+    def parse_load(pairs):
+        raise ValueError(f"--load: got {' '.join(pairs)}; need 2; try 3")
+
+    monkeypatch.setattr(evaluate, "look", look)
+    monkeypatch.setattr(policies, "parse_load", parse_load, raising=False)
+    for out in ("", "--out cut", "--out done"):
+        assert evaluate_command(f"{FLAGS} {out}", capsys)[0] == 0
+    pathlib.Path("cut/result.json").unlink()
+    pathlib.Path("broken").mkdir()
+    pathlib.Path("file").write_text("no JSON")
+    before = evaluate_traces(evaluate_instant)
+    status, text = evaluate_command(flags, capsys)
+    assert status == 1 and said in text and "; try " in text and "Traceback" not in text
+    assert evaluate_traces(evaluate_instant) == before
+
+
+def test_evaluate_refuses_to_go_on_with_another_policy(evaluate_instant, capsys):
+    shutil.copytree(policies.BUNDLED["pi05"], "mine")
+    evaluate_command("--checkpoint mine --out out", capsys)
+    os.utime("mine/model.safetensors", (9e9, 9e9))
+    status, text = evaluate_command("--checkpoint mine --out out --resume", capsys)
+    assert status == 1 and "error: --resume: got time of mine was" in text
+
+
+def test_two_evaluations_that_start_together_do_not_mix(evaluate_instant, capsys):
+    args = evaluate.parse(FLAGS.split())
+    evaluate.claim(args)
+    before = evaluate_traces(evaluate_instant)
+    with pytest.raises(ValueError, match="--out: got .* need a new folder"):
+        evaluate.claim(args)
+    assert evaluate_traces(evaluate_instant) == before
+
+
+def test_a_full_disk_loses_no_block_that_has_ended(evaluate_instant, capsys):
+    """A limit on the size of files stands for the disk."""
+    evaluate_command(f"{FLAGS} --out whole", capsys)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+    status, text = evaluate_command(f"{FLAGS} --out full", capsys)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and "error: [Errno 27]" in text and "--resume goes on" in text
+    args = evaluate.parse(f"{FLAGS} --out full --resume".split())
+    assert len(evaluate.read_journal(args)) >= 2
+    assert evaluate_command(f"{FLAGS} --out full --resume", capsys)[0] == 0
+    assert evaluate_result("full") == evaluate_result("whole")
+
+
+def test_numbers_survive_pictures_that_fail(evaluate_instant, monkeypatch, capsys):
+    def full(*anything):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("bar_chart", "contact_sheet", "choose_videos"):
+        monkeypatch.setattr(evaluate, name, full)
+    status, text = evaluate_command(f"{FLAGS} --out out", capsys)
+    assert status == 0 and text.count("warning: out/") == 3
+    assert all(line.endswith("numbers are complete") for line in text.splitlines()[-3:])
+    assert "95 % interval" in text and evaluate_result("out")["cells"]
+    monkeypatch.setattr(policies, "write_json", full)
+    status, text = evaluate_command(f"{FLAGS} --out other", capsys)
+    assert status == 1 and "95 % interval" in text and "--resume goes on" in text
+
+
+def test_the_first_videos_stay(tmp_path):
+    frames = 3 * [policies.np.zeros((64, 64, 3), "uint8")]
+    records = [dict(episode=k, success=k % 2 == 1, frames=frames) for k in range(5)]
+    evaluate.write_videos(records, tmp_path)
+    evaluate.choose_videos(tmp_path, 1)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00000-failure.mp4", "00001-success.mp4", "contact-sheet.png"]
+
+
+def test_reported_says_everything_in_one_line(monkeypatch, capsys):
+    def said(error):
+        with pytest.raises(SystemExit) as stop, evaluate.reported():
+            warnings.warn("look out")
+            raise error
+        return stop.value.code, capsys.readouterr().err
+
+    assert said(ValueError("a: got b")) == (1, "warning: look out\nerror: a: got b\n")
+    assert said(KeyboardInterrupt()) == (130, "warning: look out\n\ninterrupted\n")
+    monkeypatch.setenv("TRACEBACK", "1")
+    status, text = said(ValueError("a: got b"))
+    assert "Traceback" in text and text.endswith("error: a: got b\n")
+    with pytest.raises(SystemExit, match="130"), evaluate.reported():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def evaluate_children(pid):
+    """Return the processes that a process has started."""
+    return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "worker"])
+def test_evaluate_ends_all_processes(number, tmp_path):
+    """A signal to all, a kill of the parent alone, or of one process of the pool."""
+    command = f"{HERE}/evaluate.py --checkpoint pi05 --workers 1 --out {tmp_path}/out"
+    child = subprocess.Popen(
+        [sys.executable, *command.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    child.stderr.read(5)                            # the progress bar has appeared
+    if number == "worker":
+        os.kill(evaluate_children(child.pid)[-1], signal.SIGKILL)
+    elif number == signal.SIGKILL:
+        child.kill()
+    else:
+        os.killpg(child.pid, number)
+    error = child.communicate(timeout=60)[1]        # returns when no process holds it any more
+    assert "Traceback" not in error
+    assert not (tmp_path / "out/result.json").exists()
+    assert (tmp_path / "out/episodes.jsonl").exists()
+    if number == "worker":
+        assert child.returncode == 1 and "error: BrokenProcessPool" in error
+    elif number != signal.SIGKILL:
+        assert child.returncode == 130 and "interrupted" in error
+    if number != signal.SIGKILL:
+        assert "--resume goes on" in error
+
+
 # ---- learning ----------------------------------------------------------------------------------
 
 
@@ -3398,6 +4520,146 @@ def test_pretrain_resumes_bit_exactly_and_leaves_no_probe(tmp_path, monkeypatch)
         assert torch.equal(p, q)
 
 
+KILLS = int(os.environ.get("KILLS", 2))      # KILLS=17 python -m pytest test_all.py -k killed_at
+# What a program makes under a temporary name, and removes or renames in the end.
+TEMPORARY = ("*.part", "policy.old", ".writing-*", "decoding-*", "*.tmp")
+
+# Saving is frequent, so that many kills hit it. Processes of a pool run the first lines, too.
+DRIVER = """
+import sys
+sys.path.insert(0, {repository!r})
+import evaluate, rl_cotrain, sft_warmstart
+evaluate.BLOCK = 2
+rl_cotrain.SAVE_EVERY = 1
+sft_warmstart.SAVE_EVERY = 1
+sft_warmstart.LOG_EVERY = 1
+if __name__ == "__main__":
+    {main}
+"""
+MAIN = dict(
+    sft_warmstart="sft_warmstart.run_script(sft_warmstart.warm_start, sft_warmstart.parse)",
+    rl_cotrain="sft_warmstart.run_script(rl_cotrain.main_job, rl_cotrain.parse)",
+    evaluate="evaluate.main()",
+)
+
+
+def kill_flags(program):
+    """Return a command line; Stage I records its demonstrations."""
+    if program == "evaluate":
+        return "--checkpoint pi05 --domain sim --episodes 6 --workers 1 --videos 1"
+    flags = f"--real-data {stage_demos()}/real --eval-episodes 0 --ranks 1"
+    if program == "rl_cotrain":
+        flags += f" --init {stage_start('openvla')} --num-envs 2 --horizon 2 --minibatch 4"
+        return flags + " --real-batch 2 --iterations 24"
+    flags = "--policy openvla --task close-drawer --real-episodes 2 --sim-ratio 0 --held-out 0.5"
+    return flags + " --batch 4 --steps 30 --eval-episodes 0 --ranks 1"
+
+
+def kill_series(command, out, kills, rng, longest=4.0):
+    """Start a command, and kill it and all its processes at a random moment.
+
+    Half of the moments are 0 to `longest` seconds after the start; the others are up to a
+    second after something was saved. Goes on with --resume as soon as there is something to go
+    on with. After `kills` kills the command may finish. Returns the number of kills: fewer, if it
+    finished before.
+    """
+    for count in range(kills + 1):
+        before = kill_saved(out)
+        flags = ["--resume"] if before else []
+        with open(out.with_name("log.txt"), "w+") as log:
+            run = subprocess.Popen(
+                [*command, *flags], stdout=log, stderr=log, cwd=out.parent, start_new_session=True
+            )
+            seconds = rng.uniform(0, longest)
+            if rng.random() < 0.5:
+                seconds = rng.uniform(0, 1)
+                while run.poll() is None and kill_saved(out) == before:
+                    time.sleep(0.005)
+            try:
+                status = run.wait(seconds if count < kills else 300)
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.wait()
+                log.seek(0)
+                said = log.read().replace("\r", "\n").strip().splitlines()[-1:]
+                print("killed:", *flags, *said, *kill_left(out.parent))
+                continue
+            log.seek(0)
+            assert status == 0, log.read()
+            return count
+
+
+def kill_saved(out):
+    """Return when what a run goes on from was saved [ns]; 0: not yet."""
+    times = [0]
+    for path in (out / "resume.pt", out / "episodes.jsonl"):
+        if path.exists():
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
+def kill_left(folder):
+    """Return what is there under a temporary name."""
+    found = []
+    for pattern in TEMPORARY:
+        found += [str(path.relative_to(folder)) for path in folder.rglob(pattern)]
+    return found
+
+
+def kill_results(folder):
+    """Return the metrics without times, the results without the command, and all weights."""
+    results = {}
+    for path in sorted((folder / "out").rglob("*.*")):
+        name = str(path.relative_to(folder))
+        if path.name == "metrics.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            results[name] = [{k: v for k, v in row.items() if "_s" not in k} for row in rows]
+        elif path.name == "result.json":
+            results[name] = dict(json.loads(path.read_text()), command=None)
+        elif path.suffix == ".safetensors":
+            results[name] = path.read_bytes()
+        else:
+            results[name] = None
+    for path in (folder / "runs").rglob("*.*"):
+        results[str(path.relative_to(folder))] = None
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", MAIN)
+def test_killed_at_random_moments(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [*kill_flags(program).split(), "--out", "out"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(whole)
+        patch.setenv("XDG_CACHE_HOME", str(whole / "cache"))
+        patch.setattr(evaluate, "BLOCK", 2)
+        patch.setattr(sft_warmstart, "LOG_EVERY", 1)
+        pool = contextlib.nullcontext(EvaluatePool())
+        patch.setattr(evaluate, "worker_processes", lambda count: pool)
+        if program == "evaluate":
+            evaluate.main(flags)
+        with sft_warmstart.process_group():
+            if program == "sft_warmstart":
+                assert sft_warmstart.warm_start(sft_warmstart.parse(flags))
+            if program == "rl_cotrain":
+                assert rl_cotrain.main_job(rl_cotrain.parse(flags))
+    expected = kill_results(whole)
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(repository=str(HERE), main=MAIN[program]))
+    rng = np.random.default_rng(int(os.environ.get("KILL_SEED", 0)))
+    left = KILLS
+    while left > 0:
+        cut = tmp_path / f"cut{left}"
+        cut.mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cut / "cache"))
+        left -= kill_series([sys.executable, str(driver), *flags], cut / "out", left, rng)
+        assert kill_results(cut) == expected
+        assert kill_left(cut) == []
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 
@@ -3411,23 +4673,71 @@ def test_envs_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_make_and_card_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "half.py").write_text(
-        "def convert(episode):\n    return dict(episode, actions=episode['actions'] * 0 + 0.5)\n"
-    )
-    make = "set --make --domain real --task close-drawer --episodes 2 --image-size 32"
-    command = [sys.executable, HERE / "real_data.py", *make.split(), "--convert", "half.py"]
-    options = dict(cwd=tmp_path, capture_output=True, text=True)
-    run = subprocess.run(command, **options)
+def run_doctor(folder, *arguments):
+    """Run `python real_data.py ..` in a folder, with a frame cache of its own."""
+    command = [sys.executable, HERE / "real_data.py", *map(str, arguments)]
+    environment = dict(os.environ, XDG_CACHE_HOME=str(folder / "cache"))
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_doctor_records_describes_and_finds_its_own_data_ready(tmp_path):
+    make = "set --make --domain real --task close-drawer --episodes 2 --image-size 32".split()
+    run = run_doctor(tmp_path, *make)
     assert run.returncode == 0, run.stderr
     camera = real_data.CAMERA
-    for part in ("LeRobot v3.0", f"camera   {camera} out of {camera}", "episodes 2", "5 fps"):
-        assert part in run.stdout
-    assert re.search(r"dx +0\.5000", run.stdout)
+    for part in (
+        "LeRobot v3.0",
+        f"camera   {camera} out of {camera}",
+        "episodes 2",
+        "rate     5 actions a second, 5 in simulation",
+        "tokens   'close the drawer': 3, \u2581close \u2581the \u2581drawer",
+        "of the frames open (+1)",
+        "ready for --real-data set",
+    ):
+        assert part in run.stdout, run.stdout
     assert Image.open(tmp_path / "card.png").size == (8 * 32, 2 * 32)
-    again = subprocess.run(command, **options)
-    assert again.returncode == 1 and again.stderr.startswith("error: out: got set, which exists")
+    again = run_doctor(tmp_path, *make)
+    assert again.returncode == 1 and again.stderr == (
+        "error: out: got set, which exists; need a new folder; try another name\n"
+    )
+
+
+def test_doctor_lists_everything_that_is_not_ready(tmp_path):
+    images, states, actions, _, scene = data_episode(0, 30)
+    actions[:, 0] = 0.08                                  # twice what the bundled policies do
+    actions[:, 3:6] *= 57.3                               # degrees
+    actions[:, 6] = (actions[:, 6] + 1) / 2               # 0 closed, 1 open
+    texts = ["\u6253\u5f00\u62bd\u5c49", "\u5173\u4e0a\u62bd\u5c49"]    # open, close the drawer
+    episodes = [(images, states, actions, text, scene) for text in texts]
+    real_data.write_dataset(tmp_path / "set", episodes, 10)
+    run = run_doctor(tmp_path, "set", "--image-size", 16)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    listed = run.stdout[run.stdout.index("not ready for --real-data:") :]
+    for part in (
+        "* set: turns: got ",
+        "* set: gripper: got ",
+        "same",                                           # both tasks have the same tokens
+        "* set: got frames beyond the policy's range: dx 100%",
+        "--statistics data",
+    ):
+        assert part in listed, run.stdout
+    assert "10 actions a second, 5 in simulation" in run.stdout and "control-rate" in run.stdout
+    assert not listed.count("actions: got 7")
+    for line in listed.splitlines()[1:]:
+        assert re.search("got .*; need .*; try ", line), line
+
+
+def test_doctor_names_other_sizes_and_its_hook(tmp_path):
+    images, states, actions, text, scene = data_episode(0, 9)
+    for count in (14, 8):
+        wide = np.column_stack([actions, actions])[:, :count]
+        folder = tmp_path / f"set{count}"
+        real_data.write_dataset(folder, [(images, states, wide, text, scene)], 5)
+        run = run_doctor(tmp_path, folder, "--image-size", 16)
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        assert f"actions: got {count} numbers; need 7 (deltas of one end effector" in run.stdout
+        assert "a Python file of your own" in run.stdout
 
 
 def test_evaluate_tables_and_comparisons(tmp_path, monkeypatch, capsys):
@@ -3655,7 +4965,7 @@ def test_architecture(name):
     assert used & set(ARCH_FILES) <= ARCH_MAY_IMPORT[name]
     assert used - set(ARCH_FILES) - set(sys.stdlib_module_names) <= ARCH_INSTALLED
     if name == "real_data":
-        assert "envs" not in arch_imports(tree.body)
+        assert not set(ARCH_FILES) & arch_imports(tree.body)
     source = (HERE / f"{name}.py").read_text()
     assert max(map(len, source.splitlines())) <= 100
     assert arch_leaks(source) == set()
