@@ -531,9 +531,9 @@ def check(args, given):
     for file in args.curves:
         problems.need(pathlib.Path(file).is_file(), "--curves", file, "an existing file",
                       "metrics.jsonl in the folder of a run")
-    for k, name in enumerate(args.checkpoint):
+    for name in args.checkpoint:
         with noted(problems):
-            args.checkpoint[k] = find_policy(name)
+            policies.find_folder(name)
     with noted(problems):
         if args.load:
             policies.parse_load(args.load)
@@ -574,16 +574,6 @@ def cores():
     if hasattr(os, "sched_getaffinity"):        # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
-
-
-def find_policy(name):
-    """Return the name itself, or RUN/policy if it is the folder of a run. Raises ValueError."""
-    inside = pathlib.Path(name, "policy")
-    if inside.is_dir():
-        print(f"{name} is a run: evaluating {inside}")
-        return str(inside)
-    policies.find_folder(name)
-    return name
 
 
 def default_folder(args):

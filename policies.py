@@ -28,6 +28,7 @@ Official and tiny checkpoints run through the same code. Departures from the ref
  5. Weights stay float32; "bf16" is autocast. Logits, heads, time and norms stay float32.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -1628,12 +1629,25 @@ def read_json(path, default=None):
     return read_file(path, "a JSON object", parse_json)
 
 
-def write_json(path, value):
-    """Write a JSON file; a run that is killed leaves the old file or the new one, whole."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path that takes the place of `path` at the end, or goes after an error.
+
+    A run that is killed leaves the old file or the new one, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, default=np.ndarray.tolist))
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a JSON file, see replacing()."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1, default=np.ndarray.tolist))
 
 
 def read_safetensors(path):

@@ -27,18 +27,17 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import re
 import runpy
 import shutil
-import socket
 import sys
 import tempfile
 import typing
@@ -589,7 +588,7 @@ def doubt_units(recording, problems):
         share = odd.any(axis=1).mean()
         if share == 0:
             return
-        got = f"{share:.2%} of the frames beyond that, up to {np.abs(values).max():.3g}"
+        got = f"{share:.2%} of the frames out of range, up to {np.abs(values).max():.3g}"
         remedy = f"{remedy}, a Python file of your own, or as-is if the data are right"
         fault = f"{recording.folder}: {what}: got {got}; need {need}; try --convert with {remedy}"
         if share > ODD_SHARE:
@@ -667,6 +666,7 @@ def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64):
     v3.0 data set `out`: the first successes in order of their episode numbers, whatever the
     number of workers (processes, 0 = one per core)."""
     import envs
+    import evaluate
 
     workers = workers or cores()
     limit = 20 + 10 * episodes                        # episodes to try
@@ -690,8 +690,7 @@ def make_demos(task, domain, episodes, out, seed=0, workers=0, image_size=64):
                 got = f"{count} successes in {limit} episodes"
                 raise ValueError(f"{name}: got {got}; need {episodes}; try another seed")
 
-    spawn = multiprocessing.get_context("spawn")      # OpenGL contexts do not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with evaluate.worker_processes(workers) as pool:
         write_dataset(out, demonstrations(), envs.CONTROL_HZ)
 
 
@@ -1085,7 +1084,6 @@ def cache_frames(recording, image_size, fit, cache_dir):
         stored = recording.info["features"][recording.cameras[0]]["shape"]
         size = [side for side in stored if side > 4]
     shape = (len(recording.stored), len(recording.cameras), *size, 3)
-    cache.mkdir(parents=True, exist_ok=True)
     with temporary_folder(cache, "decoding-") as folder:
         part = folder / name
         decode(recording, part, shape, image_size, fit)
@@ -1095,19 +1093,25 @@ def cache_frames(recording, image_size, fit, cache_dir):
 
 @contextlib.contextmanager
 def temporary_folder(parent, prefix):
-    """Make a folder in parent that is removed at the end, and remove those that killed processes
-    of this machine have left there."""
-    prefix = f"{prefix}{socket.gethostname()}-"
+    """Yield a new folder in parent, and remove it afterwards. Folders that killed processes have
+    left there are removed, too: a lock on a folder ends with the process that holds it."""
+    parent.mkdir(parents=True, exist_ok=True)
     for old in parent.glob(prefix + "*"):
-        process = old.name.removeprefix(prefix).split("-")[0]
-        try:
-            os.kill(int(process), 0)                  # signal 0 only asks whether it is alive
-        except ProcessLookupError:
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError:
-            pass                                      # alive, and somebody else's
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=parent) as folder:
+        with contextlib.suppress(OSError), locked(old):
+            shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, locked(folder):
         yield pathlib.Path(folder)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Lock a folder while this process lives. OSError if another process holds the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def decode(recording, path, shape, image_size, fit):
@@ -1183,7 +1187,6 @@ def write_dataset(folder, episodes, fps):
     folder = pathlib.Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"out: got {folder}, which exists; need a new folder; try another name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder.parent, ".writing-") as temporary:
         part = temporary / folder.name
         size, rows = write_video(part / f"videos/{CAMERA}/chunk-000/file-000.mp4", episodes, fps)
@@ -1343,7 +1346,7 @@ def examine(demos, policy, name):
         print("         a step means less here than there: see --convert control-rate")
     texts = list(dict.fromkeys(demos.instructions))
     for text in texts:
-        pieces = policy.tokenizer.encode(text, add_special_tokens=False).tokens
+        pieces = [policy.tokenizer.id_to_token(number) for number in policy.encode(text)]
         print(f"tokens   {text!r}: {len(pieces)}, {' '.join(pieces[:12])}")
     try:
         policies.check_texts(policy, texts)

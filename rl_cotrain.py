@@ -250,7 +250,8 @@ def co_train(policy, env, real, args, held_out=None):
                 state.save(out / "resume.pt", args)
     state.save(out / "resume.pt", args)
     if rank() == 0:
-        evaluate.curves({out.name: log.rows}, out / "curves.png")
+        with evaluate.forgiven(out / "curves.png"):
+            evaluate.curves({out.name: log.rows}, out / "curves.png")
     return state.iteration >= args.iterations
 
 
@@ -942,7 +943,7 @@ def method_name(args):
 
 
 def report(args, before, after, seconds):
-    """Print the table; write result.json and videos."""
+    """Print the table; write result.json, then videos: if they fail, the numbers are there."""
     out = pathlib.Path(args.out)
     rows = []
     paired = {}
@@ -954,17 +955,19 @@ def report(args, before, after, seconds):
             dict(where, checkpoint="then " + method_name(args), **evaluate.summary(episodes))
         )
         paired[cell] = evaluate.compare(before[cell], episodes)
-        name = cell.replace("/", "-")
-        evaluate.write_videos(episodes, out / "videos" / name)
-        evaluate.contact_sheet(episodes, out / "videos" / f"{name}.png")
-    result = dict(command=sys.argv, seconds=seconds, ranks=world(), rows=rows, paired=paired)
-    policies.write_json(out / "result.json", result)
     print(f"\n{evaluate.table(rows)}\n\nAfter against before, on the same scenes:")
     for cell, each in paired.items():
         print(
             f"  {cell}: {100 * each['difference']:+.1f} points, 95 % interval "
             f"{100 * each['low']:+.1f} to {100 * each['high']:+.1f}"
         )
+    result = dict(command=sys.argv, seconds=seconds, ranks=world(), rows=rows, paired=paired)
+    policies.write_json(out / "result.json", result)
+    for cell, episodes in after.items():
+        folder = out / "videos" / cell.replace("/", "-")
+        with evaluate.forgiven(folder):
+            evaluate.write_videos(episodes, folder)
+            evaluate.contact_sheet(episodes, f"{folder}.png")
     print(f"checkpoint {out}/policy, curves {out}/curves.png, episodes {out}/videos")
     print(f"{seconds:.0f} s, ranks: {world()}")
 

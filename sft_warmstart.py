@@ -260,7 +260,10 @@ def warm_start(options):
     if options.augment == "openvla" and policy.kind == "openvla" and options.steps:
         policy.settings["center_crop"] = True  # trained on random crops, used on the central one
     if options.steps and not train(policy, options):
-        say(f"interrupted; the same command with --resume goes on from {out}/resume.pt")
+        say(
+            f"interrupted; the same command goes on from {out}/resume.pt, with --resume unless it "
+            "is rl_cotrain.py"
+        )
         return None
     save_policy(policy, out)
     seconds = time.perf_counter() - start
@@ -356,7 +359,8 @@ def train(policy, options):
                 save()
     save()
     if rank() == 0:
-        evaluate.curves({out.name: log.rows}, out / "loss.png")
+        with evaluate.forgiven(out / "loss.png"):
+            evaluate.curves({out.name: log.rows}, out / "loss.png")
     if step == options.steps and average is not None:
         restore(trained, average)
     return step == options.steps
@@ -936,13 +940,10 @@ def save_state(path, args, trained, **state):
     if rank() > 0:
         return
     weights = {name: p.detach() for name, p in trained.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with policies.replacing(path) as part, open(part, "wb") as file:
         torch.save(dict(state, args=args, weights=weights), file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def load_state(path, args, trained, **expected):
