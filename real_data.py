@@ -1357,8 +1357,9 @@ def examine(demos, policy, name):
         between = (np.abs(grip) < 0.9).mean()
         print(f"gripper  {(grip >= 0.9).mean():.0%} of the frames open (+1), "
               f"{(grip <= -0.9).mean():.0%} close (-1), {between:.0%} between")
-        beyond = beyond_range(demos, policy)
-        if beyond:
+        share, beyond = beyond_range(demos, policy)
+        print(f"range    {share:.2%} of the frames are beyond 1.5 times what the policy scales by")
+        if share > ODD_SHARE:
             problems.append(beyond)
     pauses = 1 - len(demos.without_pauses(PAUSE_SPEED / demos.fps)) / len(demos)
     print(f"pauses   {pauses:.0%} of the frames hardly move, and are left out (--pause)")
@@ -1366,21 +1367,20 @@ def examine(demos, policy, name):
 
 
 def beyond_range(demos, policy):
-    """Return a message if many actions lie beyond the range that a policy scales by, else None.
-    OpenVLA learns such actions as the end of its range; pi0.5's loss explodes. The gripper is
-    left out: its range is always -1 .. 1."""
+    """Return the share of frames beyond 1.5 times the range that a policy scales by, in the
+    dimension that has most of them, and a message. OpenVLA learns such actions as the end of its
+    range; pi0.5's loss explodes. The gripper is left out: its range is always -1 .. 1."""
     if not hasattr(policy, "quantiles") or not policy.has_statistics():
-        return None
+        return 0.0, ""
     low, high = (bound.cpu().numpy() for bound in policy.quantiles("action"))
-    _, share = reach_of(demos.actions, low, high)
-    named = dict(zip(ACTION_NAMES[:6], share))
-    much = [f"{name} {part:.0%}" for name, part in named.items() if part > ODD_SHARE]
-    if not much:
-        return None
-    need = f"all but {ODD_SHARE:.0%} within 1.5 times the policy's own q01 .. q99"
+    reach, share = reach_of(demos.actions, low, high)
+    named = zip(ACTION_NAMES[:6], share, reach)
+    some = [f"{name} {part:.2%} (up to {far:.3g})" for name, part, far in named if part > 0]
     remedy = "--statistics data in Stage I, so that these demonstrations set the range"
-    got = f"frames beyond the policy's range: {', '.join(much)}"
-    return f"{demos.recording.folder}: got {got}; need {need}; try {remedy}"
+    got = f"frames beyond the policy's range, q01 .. q99 as -1 .. 1: {', '.join(some)}"
+    return share[:6].max(), (
+        f"{demos.recording.folder}: got {got}; need all within -1.5 .. 1.5; try {remedy}"
+    )
 
 
 def main():

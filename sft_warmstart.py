@@ -286,6 +286,7 @@ def train(policy, options):
     training, held_out = open_demonstrations(options, policy)
     if options.statistics == "data":
         policy.set_statistics("demos", demonstration_statistics(policy, training, options))
+        say(f"statistics: of the training demonstrations ({' and '.join(training)})")
     else:
         warn_beyond_range(policy, training)
     sampler = real_data.MixSampler(
@@ -436,6 +437,8 @@ def open_domain(domain, given, options, policy):
             f"{path}: {len(demos.lengths)} episodes, {frames} of {len(demos)} frames move (--pause)"
         )
         say(f"{path}: camera {' '.join(recording.cameras)} out of {' '.join(recording.available)}")
+        conventions = " ".join(map(str, options.convert or ["as the contract has them"]))
+        say(f"{path}: actions and gripper {conventions} (--convert)")
         if demos.fps != envs.CONTROL_HZ:
             say(
                 f"{path}: {demos.fps:g} actions a second, but {envs.CONTROL_HZ} in simulation, "
@@ -477,8 +480,8 @@ def demonstration_statistics(policy, training, options):
 def warn_beyond_range(policy, training):
     """Warn of demonstrations that reach beyond the range the policy scales by."""
     for demos in training.values():
-        beyond = real_data.beyond_range(demos, policy)
-        if beyond and rank() == 0:
+        share, beyond = real_data.beyond_range(demos, policy)
+        if share > 0:
             warnings.warn(beyond)
 
 

@@ -1,7 +1,8 @@
 """Tests.
 
     python -m pytest test_all.py                      # everything
-    python -m pytest -m "not slow" test_all.py        # a minute's worth
+    python -m pytest -m "not slow" test_all.py        # two minutes' worth
+    KILLS=17 python -m pytest test_all.py -k killed   # each program is killed 17 times
 
 Formula -> test that compares it with an independent one
     alpha L(sim) + (1 - alpha) L(real)     test_stage_one_gradient_is_the_formula,
@@ -4525,7 +4526,7 @@ def test_pretrain_resumes_bit_exactly_and_leaves_no_probe(tmp_path, monkeypatch)
         assert torch.equal(p, q)
 
 
-KILLS = int(os.environ.get("KILLS", 1))      # KILLS=17 python -m pytest test_all.py -k killed_at
+KILLS = int(os.environ.get("KILLS", 1))      # of each program
 # What a program makes under a temporary name, and removes or renames in the end.
 TEMPORARY = ("*.part", "policy.old", ".writing-*", "decoding-*", "*.tmp")
 
@@ -4749,7 +4750,7 @@ def test_doctor_lists_everything_that_is_not_ready(tmp_path, run_doctor):
         "* set: turns: got ",
         "* set: gripper: got ",
         "same",                                           # both tasks have the same tokens
-        "* set: got frames beyond the policy's range: dx 100%",
+        "* set: got frames beyond the policy's range, q01 .. q99 as -1 .. 1: dx 100.00% (up to 2",
         "--statistics data",
     ):
         assert part in listed, run.stdout
@@ -4938,10 +4939,13 @@ def test_stage_one_says_what_it_was_given(tmp_path, capsys):
         tmp_path / "out", sim_ratio=0, sim_data=None, real_data=str(tmp_path / "set"), steps=1,
         statistics="base",
     )
-    with pytest.warns(UserWarning, match="beyond the policy's range: dx 100%.*--statistics data"):
+    with pytest.warns(UserWarning, match="beyond the policy's range.*: dx 100.00% .*--statistics data"):
         assert sft_warmstart.warm_start(options)
     said = capsys.readouterr().err
-    for words in ("statistics: panda", "camera observation.images.front out of", "10 actions a"):
+    for words in (
+        "statistics: panda", "camera observation.images.front out of", "10 actions a",
+        "actions and gripper as the contract has them", "frames move (--pause)",
+    ):
         assert words in said
 
 
