@@ -417,7 +417,7 @@ class OpenVLA(Policy):
         temperature = DEPLOY_TEMPERATURE
         if decoding == "sample":
             temperature = self.settings["temperature"]
-        hidden, valid, kv = self.hidden(images, *self.prompt(instructions))
+        hidden, valid, kv = self.hidden(images, *self.prompt(instructions), last=1)
         value = self.value_head(hidden[:, -1])[:, 0]
         llama = self.language_model.model
         logp = torch.zeros_like(value)
@@ -449,7 +449,8 @@ class OpenVLA(Policy):
         """
         images = self.check_inputs(images, instructions)
         tokens = trace["tokens"]
-        hidden, _, _ = self.hidden(images, *self.prompt(instructions), tokens[:, :-1])
+        prompt = self.prompt(instructions)
+        hidden, _, _ = self.hidden(images, *prompt, tokens[:, :-1], last=ACTION_DIM)
         hidden = hidden[:, -ACTION_DIM:]  # (B, 7, D), the states that write a_0 .. a_6
         log_probs = self.log_softmax(self.action_logits(hidden))  # (B, 7, 256)
         choice = tokens - self.vocab + 256
@@ -460,7 +461,7 @@ class OpenVLA(Policy):
     def value(self, images, instructions, state=None):
         """Return V(o), (B,), which the head reads off the last prompt token."""
         images = self.check_inputs(images, instructions)
-        hidden, _, _ = self.hidden(images, *self.prompt(instructions))
+        hidden, _, _ = self.hidden(images, *self.prompt(instructions), last=1)
         return self.value_head(hidden[:, -1])[:, 0]
 
     def bc_loss(
@@ -474,17 +475,18 @@ class OpenVLA(Policy):
         images = self.check_inputs(images, instructions, actions=actions, pad=pad)
         first = torch.as_tensor(actions, device=self.device)[:, 0]
         tokens = self.encode_values(self.normalize(first))  # (B, 7)
-        hidden, _, _ = self.hidden(images, *self.prompt(instructions), tokens)
+        prompt = self.prompt(instructions)
+        hidden, _, _ = self.hidden(images, *prompt, tokens, last=ACTION_DIM + 1)
         logits = self.logits(hidden[:, -ACTION_DIM - 1 :])  # (B, 8, V)
         targets = F.pad(tokens, (0, 1), value=self.eos)  # (B, 8)
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return self.reduce(loss.mean(1, keepdim=True), pad, reduction)
 
-    def hidden(self, images, ids, mask, tokens=None):
+    def hidden(self, images, ids, mask, tokens=None, last=None):
         """Run Llama over images, prompt (B, L) and the action tokens (B, n) so far.
 
-        Returns its last hidden states (B, T + L + n, D), which of them are valid, and keys and
-        values of all layers.
+        Returns the hidden states (B, T + L + n, D), or at least those of the `last` positions,
+        which positions are valid, and keys and values of all layers.
         """
         features = images if images.is_floating_point() else self.encode_images(images)
         if tokens is not None:
@@ -498,7 +500,7 @@ class OpenVLA(Policy):
             valid = F.pad(mask, (patches.shape[1], 0), value=True)  # and are all valid
             causal = valid.new_ones(x.shape[1], x.shape[1]).tril()
             mask = causal & valid[:, None, None]  # (B, 1, T + L + n, T + L + n)
-            hidden, kv = llama(x, valid.cumsum(1) - 1, mask)
+            hidden, kv = llama(x, valid.cumsum(1) - 1, mask, last=last)
         return hidden, valid, kv
 
     def logits(self, hidden):
@@ -1239,11 +1241,16 @@ class DecoderLayer(nn.Module):
         y = layer(x)
         return y.view(len(y), -1, y.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
-    def forward(self, x, rotary, mask, past, cond):
+    def forward(self, x, rotary, mask, past, cond, last):
         h, gate = self.input_layernorm(x, cond)
-        q = rotate(self.heads(h, self.self_attn.q_proj), *rotary)
         k = rotate(self.heads(h, self.self_attn.k_proj), *rotary)
         v = self.heads(h, self.self_attn.v_proj)
+        if last is not None:  # nothing reads the others, but for their keys and values
+            x = x[:, -last:]
+            h = h[:, -last:]
+            rotary = [part[:, :, -last:] for part in rotary]
+            mask = mask[:, :, -last:]
+        q = rotate(self.heads(h, self.self_attn.q_proj), *rotary)
         if past is not None:
             k = torch.cat([past[0], k], 2)  # (B, kv heads, past + T, hd)
             v = torch.cat([past[1], v], 2)
@@ -1276,7 +1283,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(width, **norm)
 
-    def forward(self, x, positions, mask, past=None, cond=None):
+    def forward(self, x, positions, mask, past=None, cond=None, last=None):
         pair = torch.arange(0, self.head_dim, 2, device=x.device).float()
         frequency = 1.0 / self.theta ** (pair / self.head_dim)
         angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, hd/2)
@@ -1284,7 +1291,8 @@ class Decoder(nn.Module):
         past = past or [None] * len(self.layers)
         kv = []
         for layer, layer_past in zip(self.layers, past):
-            x, layer_kv = recompute(layer, x, rotary, mask, layer_past, cond)
+            some = last if layer is self.layers[-1] else None
+            x, layer_kv = recompute(layer, x, rotary, mask, layer_past, cond, some)
             kv.append(layer_kv)
         return self.norm(x, cond)[0], kv
 

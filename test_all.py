@@ -2697,6 +2697,21 @@ def test_refusals_of_loading(options):
         assert str(word) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_last_positions_alone_are_what_all_positions_have(name):
+    """The last layer may leave out positions that nothing reads; keys and values are of all."""
+    policy = policies.load_policy(name)
+    decoder = policy.language_model.model if name == "openvla" else policy.language_model
+    x = torch.randn(2, 9, policy.value_head[0].in_features)
+    positions = torch.arange(9).expand(2, -1)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    whole, kv = decoder(x, positions, causal)
+    some, some_kv = decoder(x, positions, causal, last=3)
+    assert torch.allclose(some, whole[:, -3:], atol=1e-5)
+    for pair, some_pair in zip(kv, some_kv):
+        assert all(torch.equal(a, b) for a, b in zip(pair, some_pair))
+
+
 def test_missing_cameras_do_not_matter(policy_pair):
     policy = policy_pair["pi05"]
     (_, texts), one = policy_decide(policy, 3)

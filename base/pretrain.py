@@ -206,6 +206,7 @@ class Probe(nn.Module):
         self.hooks = [
             projector.register_forward_pre_hook(self.see_features),
             decoder.layers[0].register_forward_pre_hook(self.see_attention),
+            decoder.register_forward_pre_hook(self.compute_all, with_kwargs=True),
             decoder.register_forward_hook(self.see_hidden),
         ]
         vocabulary, width = decoder.embed_tokens.weight.shape
@@ -219,6 +220,10 @@ class Probe(nn.Module):
         centres = torch.cartesian_prod(middle, middle).flip(1)
         self.register_buffer("centres", centres)  # (T, 2): x, y of the patches in the image
         self.to(policy.device)
+
+    def compute_all(self, decoder, inputs, options):
+        """Have the hidden states of all positions computed, not only of the last ones."""
+        return inputs, dict(options, last=None)
 
     def see_features(self, layer, inputs):
         self.features = inputs[0].flatten(1, -2)  # (B, T, vision width); pi0.5 has a camera axis
