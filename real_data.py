@@ -609,7 +609,7 @@ def doubt_gripper_sign(recording, problems):
     """Note a gripper that closes after the command to open, as far as states[6] tells."""
     grip = recording.actions[:, 6]
     opening = np.roll(recording.states[:, 6:7].sum(axis=1), -3)   # it takes steps to follow
-    if grip.std() == 0 or opening.std() == 0:
+    if grip.std() < 1e-6 or opening.std() < 1e-6:     # one of them never moves
         return
     correlation = np.corrcoef(grip, opening)[0, 1]
     if correlation < -0.5:
@@ -1376,7 +1376,7 @@ def beyond_range(demos, policy):
     reach, share = reach_of(demos.actions, low, high)
     named = zip(ACTION_NAMES[:6], share, reach)
     some = [f"{name} {part:.2%} (up to {far:.3g})" for name, part, far in named if part > 0]
-    remedy = "--statistics data in Stage I, so that these demonstrations set the range"
+    remedy = "sft_warmstart.py --statistics data, so that these demonstrations set the range"
     got = f"frames beyond the policy's range, q01 .. q99 as -1 .. 1: {', '.join(some)}"
     return share[:6].max(), (
         f"{demos.recording.folder}: got {got}; need all within -1.5 .. 1.5; try {remedy}"
