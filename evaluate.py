@@ -757,9 +757,18 @@ def load(checkpoint, device, dtype, *pairs):
     return policies.load_policy(checkpoint, device, dtype, **options)
 
 
+def check_ready(policy, tasks):
+    """Raise ValueError if a policy could not act on these tasks; warn of words it does not know."""
+    if hasattr(policy, "quantiles"):
+        policy.quantiles("action")          # there are statistics, of one data set
+    texts = [envs.TASKS[task].instruction.replace("{colour}", "red") for task in tasks]
+    policies.check_texts(policy, texts)
+
+
 def look(args, checkpoint):
     """Load a checkpoint in a process of the pool; return what a user should be told about it."""
     policy = load(checkpoint, args.device, args.dtype, *args.load)
+    check_ready(policy, args.tasks)
     return getattr(policy, "notes", [])
 
 

@@ -352,6 +352,7 @@ class OpenVLA(Policy):
 
     SETTINGS = dict(unnorm_key=None, temperature=1.0, center_crop=False)
     kind = "openvla"
+    embedding = "language_model.model.embed_tokens.weight"
     statistics_file = "dataset_statistics.json"
     horizon = 1
     chunk = 1
@@ -633,6 +634,7 @@ class Pi05(Policy):
         style="openpi",
     )
     kind = "pi05"
+    embedding = "language_model.embed_tokens.weight"
     statistics_file = "norm_stats.json"
     fit = "pad"
     image_ndims = (4, 5)
@@ -1804,6 +1806,9 @@ def load_tensors(policy, tensors):
     for start, model in FOREIGN.items():
         found = list(starting(tensors, start))
         problems.need(not found, "weights", f"{found[:2]} of {model}", policy.kind, OTHER)
+    real = {key: value for key, value in tensors.items() if not value.is_meta}
+    broken = [key for key, value in real.items() if not value.isfinite().all()]
+    problems.need(not broken, "weights", f"nan or inf in {broken[:2]}", "finite numbers", OTHER)
     whole = [key for key, value in tensors.items() if not value.is_floating_point()]
     problems.need(not whole, "weights", f"integers in {whole[:2]}", "floating point", OTHER)
     problems.stop()
@@ -1917,6 +1922,14 @@ def load_tokenizer(policy, folders, path):
     if path.is_dir():
         path = path / "tokenizer.json"
     policy.tokenizer = read_file(path, "a tokenizer", lambda path: Tokenizer.from_file(str(path)))
+    size = policy.tokenizer.get_vocab_size()
+    least = getattr(policy, "vocab", 0)  # OpenVLA's actions are the last of these
+    most = len(policy.state_dict()[policy.embedding])
+    if not least <= size <= most:
+        raise ValueError(
+            f"{path}: got {size} tokens; need {least} to {most}, as the weights have; try the "
+            "tokenizer.json of this checkpoint"
+        )
     policy.tokenizer.no_padding()
     policy.tokenizer.no_truncation()
     policy.notes.append(f"tokenizer: {path}")

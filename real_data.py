@@ -200,7 +200,9 @@ class Demos:
         """Return (train, held-out). held_out: share of the episodes, of which at least one is
         held out; 0 returns (self, None)."""
         total = len(self.episodes)
-        if held_out == 0:
+        if held_out > 0 and total == 1:
+            warnings.warn(f"{self.recording.folder}: one episode, of which nothing is held out")
+        if held_out == 0 or total == 1:
             return self, None
         count = max(1, round(held_out * total))
         if count >= total:
@@ -242,6 +244,7 @@ class MixSampler:
         self.sets = [real if alpha < 1 else (), sim if alpha > 0 else ()]  # real first: see draw
         self.step = 0
         self.drawn = [0, 0]                                   # samples so far, of real and of sim
+        self.fingerprints = [fingerprint(demos) for demos in self.sets if demos]
         self.orders = [(-1, None), (-1, None)]                # pass and permutation of each
         if not 0 <= alpha <= 1 or not 0 <= rank < world <= batch or None in self.sets:
             got = f"{alpha=}, {batch=}, {rank=}, {world=}, sim={sim}, real={real}"
@@ -285,6 +288,7 @@ class MixSampler:
             step=self.step,
             drawn=list(self.drawn),
             sizes=[len(demos) for demos in self.sets],
+            data=self.fingerprints,
         )
 
     def load_state_dict(self, state):
@@ -294,6 +298,15 @@ class MixSampler:
             raise ValueError(f"resume: got {new}; need {state}; try the settings of before")
         self.step = state["step"]
         self.drawn = list(state["drawn"])
+
+
+def fingerprint(demos):
+    """Return a hash of what is learnt from a data set: its actions and instructions."""
+    whole = isinstance(demos, Demos)
+    few = np.linspace(0, len(demos) - 1, 64).astype(int)          # of a data set of another kind
+    part = vars(demos) if whole else demos.batch(few)
+    texts = "\n".join(part["instructions"])
+    return hashlib.sha256(part["actions"].tobytes() + texts.encode()).hexdigest()[:16]
 
 
 def sample_shapes(demos):
@@ -491,7 +504,7 @@ def control_rate(episode):
     """More actions a second than the simulation has: the deltas of each control step are added."""
     import envs
 
-    ratio = round(episode["fps"] / envs.CONTROL_HZ)
+    ratio = max(1, round(episode["fps"] / envs.CONTROL_HZ))
     starts = np.arange(0, len(episode["actions"]), ratio)
     actions = np.add.reduceat(episode["actions"], starts, axis=0)
     last = np.append(starts[1:], len(episode["actions"])) - 1
@@ -535,8 +548,12 @@ def load_conversions(names):
 
 def load_conversion(path):
     """Return the function `convert` of a Python file."""
+    sys.path.insert(0, str(pathlib.Path(path).resolve().parent))  # of what it imports
     try:
-        return runpy.run_path(str(path))["convert"]
+        function = runpy.run_path(str(path))["convert"]
+        if not callable(function):
+            raise TypeError(f"convert is a {type(function).__name__}")
+        return function
     except Exception as error:        # whatever the file of a user raises
         got = f"{type(error).__name__}: {error}"
         need = f"a Python file with a function convert(episode), or one of {list(CONVERSIONS)}"
@@ -548,15 +565,52 @@ def apply_conversions(functions, episode, number):
     for function in functions:
         try:
             episode = function(episode)
+            episode = {name: as_array(episode[name]) for name, as_array in EPISODE.items()}
         except Exception as error:
-            name = function.__name__
+            name = getattr(function, "__name__", str(function))
             got = f"{type(error).__name__}: {error}"
-            need = "an episode whose arrays it understands"
+            need = f"a dict of {', '.join(EPISODE)}, as the examples in real_data.py return it"
             remedy = f"other conversions, or a look into {name}"
             raise ValueError(
                 f"convert ({name}), episode {number}: got {got}; need {need}; try {remedy}"
             ) from error
     return episode
+
+
+def table_of(values):
+    """Return a table (T, n) float32; ValueError if it is none."""
+    values = np.asarray(values, np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"an array of shape {values.shape} instead of (T, n)")
+    return values
+
+
+def list_of_texts(values):
+    if isinstance(values, str) or not all(isinstance(value, (str, type(None))) for value in values):
+        raise ValueError(f"instructions {values!r} instead of a list of T str")
+    return list(values)
+
+
+def numbers_of_frames(values):
+    values = np.asarray(values)
+    if values.dtype.kind != "i":
+        raise ValueError(f"frames of type {values.dtype} instead of whole numbers")
+    return values
+
+
+def positive(value):
+    if not value > 0:
+        raise ValueError(f"fps {value} instead of a rate above 0")
+    return float(value)
+
+
+EPISODE = dict(
+    actions=table_of,
+    states=table_of,
+    instructions=list_of_texts,
+    frames=numbers_of_frames,
+    fps=positive,
+)
 
 
 def doubts(recording):
@@ -808,14 +862,22 @@ def what_is(file, error):
     return error
 
 
+def files_of(folder):
+    """Return all files in a folder, sorted; in linked folders, too, but not hidden ones."""
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        found += [pathlib.Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def read_rows(file, columns=None):
     """Return the rows of a .parquet, .jsonl or .json file (one row), a list of dicts. ValueError
     if it cannot be read."""
     try:
         if file.suffix == ".parquet":
             return pq.ParquetFile(file).read(columns).to_pylist()
-        text = file.read_text(encoding="utf-8")
-        lines = [text] if file.suffix == ".json" else text.splitlines()
+        text = file.read_text(encoding="utf-8-sig")
+        lines = [text] if file.suffix == ".json" else text.split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         got = what_is(file, error)
@@ -833,12 +895,20 @@ def read_meta(folder):
         files = [folder / "meta/episodes.jsonl"]
         tasks = read_rows(folder / "meta/tasks.jsonl")
     episodes = [row for file in files for row in read_rows(file)]
+    if not all(row.get("length") and "episode_index" in row for row in episodes):
+        need = "episode_index and length, 1 or more"
+        raise ValueError(f"{folder}/meta: got episodes without; need {need}; try {FETCH}")
     if not episodes:
         raise ValueError(f"{folder}/meta: got no episodes; need 1 or more; try {FETCH}")
     texts = {}
     for task in tasks:
-        number = task.pop("task_index")
-        texts[number] = next(iter(task.values()))     # `task`, or the name of a pandas index
+        number = task.pop("task_index", None)
+        known = [name for name in ("task", "__index_level_0__") if name in task] or list(task)
+        if number is None or len(known) != 1:
+            need = "task_index and task"
+            got = f"columns {sorted(task)}"
+            raise ValueError(f"{folder}/meta/tasks: got {got}; need {need}; try {FETCH}")
+        texts[number] = task[known[0]]                # `task`, or the name of a pandas index
     return info, sorted(episodes, key=lambda row: row["episode_index"]), texts
 
 
@@ -896,7 +966,7 @@ def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=()):
     cameras, available = choose_cameras(features, cameras)
     action = "action" if "action" in features else "actions"
     state = "observation.state" if "observation.state" in features else "state"
-    files = sorted((folder / "data").rglob("*.parquet"))
+    files = [file for file in files_of(folder / "data") if file.suffix == ".parquet"]
     check_columns(info, files, action, state, cameras)
     columns = ["episode_index", "frame_index", "task_index", "timestamp", action, state]
     stream = (row for file in files for row in read_rows(file, columns))
@@ -919,13 +989,16 @@ def read_lerobot(path, cameras=None, action_dim=len(ACTION_NAMES), convert=()):
             fps=info["fps"],
         )
         part = apply_conversions(conversions, part, number)
-        check_part(faults, number, part, action_dim)
+        check_part(faults, number, part, len(rows), action_dim)
         part["rows"] = part.pop("frames") + len(stored)
         part["owner"] = [number] * len(part["rows"])
         parts.append(part)
         stored += [number] * len(rows)
         time_off = max(time_off, off_the_grid(rows, info["fps"]))
     faults.stop(folder)
+    rates = {part["fps"] for part in parts}
+    if len(rates) > 1:
+        raise ValueError(f"convert: got rates {rates}; need one for all episodes; try to fix it")
     left = sum(1 for _ in stream)
     if left:
         got = f"{left} rows that belong to no episode of meta/"
@@ -965,9 +1038,12 @@ def vectors(rows, column):
     return np.array(values, np.float32).reshape(len(rows), -1)
 
 
-def check_part(faults, number, part, action_dim):
-    """Note what is wrong with the actions, states and instructions of one episode."""
+def check_part(faults, number, part, stored, action_dim):
+    """Note what is wrong with one episode after all conversions; stored: its number of frames."""
     length = len(part["frames"])
+    inside = all(0 <= frame < stored for frame in part["frames"])
+    fault = f"convert: got frames outside; need 0 .. {stored - 1}; try numbers of its own frames"
+    faults.need(inside, number, fault)
     for name in ("actions", "states", "instructions"):
         got = f"{len(part[name])} {name} for {length} frames"
         fault = f"convert: got {got}; need one each; try the examples in real_data.py"
@@ -983,7 +1059,7 @@ def check_part(faults, number, part, action_dim):
         fault += ", or panda-joints for joint angles and a gripper"
     faults.need(action_dim in (None, size), number, fault)
     fault = f"instructions: got none; need a text per frame; try {CONVERT}"
-    faults.need(all(part["instructions"]), number, fault)
+    faults.need(all(text and text.strip() for text in part["instructions"]), number, fault)
 
 
 # ---- pixels and their cache ----------------------------------------------------------------
@@ -1010,13 +1086,20 @@ def video_of(recording, episode, camera):
     names = {key.removeprefix(prefix): value for key, value in episode.items()}
     chunk = episode["episode_index"] // recording.info["chunks_size"]
     names.update(video_key=camera, episode_chunk=chunk)
-    file = recording.folder / recording.info["video_path"].format_map(names)
-    return file, names.get("from_timestamp", 0.0)
+    try:
+        file = recording.folder / recording.info["video_path"].format_map(names)
+        shared = recording.info["codebase_version"] == "v3.0"     # many episodes in one mp4
+        return file, names["from_timestamp"] if shared else 0.0
+    except (KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{recording.folder}/meta: got no {error} for the videos of {camera}; need LeRobot's "
+            f"fields; try {FETCH}"
+        ) from error
 
 
-def video_frames(path, fps=None):
+def video_frames(path, fps):
     """Yield the frames (H, W, 3) uint8 of an mp4, up to its end or to the first broken one.
-    ValueError if it does not have fps frames per second, where that matters."""
+    ValueError if it does not have fps frames per second: its frames would be of other rows."""
     # -xerror: stop at a broken packet, which would otherwise silently shift all later frames.
     # passthrough: each stored frame exactly once; by default ffmpeg repeats and drops some.
     reader = imageio_ffmpeg.read_frames(
@@ -1028,7 +1111,7 @@ def video_frames(path, fps=None):
     with contextlib.closing(reader), contextlib.suppress(OSError, RuntimeError, StopIteration):
         meta = next(reader)
         width, height = meta["size"]
-        if fps and abs(meta["fps"] - fps) > 0.02 * fps:
+        if abs(meta["fps"] - fps) > 0.02 * fps:
             raise ValueError(f"got {meta['fps']} frames a second; need {fps}, as in info.json")
         for data in reader:
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
@@ -1041,7 +1124,10 @@ def image_frames(files, column):
         for piece in pq.ParquetFile(file).iter_batches(batch_size=64, columns=[column]):
             for cell in piece.column(0).to_pylist():
                 try:
-                    yield np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+                    image = Image.open(io.BytesIO(cell["bytes"]))
+                    if image.mode[0] in "IF":         # 16 bits and more: depth, as a rule
+                        raise OSError(f"mode {image.mode}, not 8 bits a channel")
+                    yield np.asarray(image.convert("RGB"))
                 except (OSError, TypeError, KeyError) as error:
                     raise ValueError(
                         f"got a cell of {file.name} that holds no image ({error}); need an encoded "
@@ -1071,7 +1157,7 @@ def cache_frames(recording, image_size, fit, cache_dir):
     made of. Frames are decoded into a temporary folder and only a complete file gets its name: if
     two processes make it at the same time, either may win."""
     recipe = [1, recording.cameras, image_size, fit]      # 1: raise it when pixels change
-    for file in sorted(recording.folder.rglob("*.*")):
+    for file in files_of(recording.folder):
         stat = file.stat()
         recipe.append((file.name, stat.st_size, stat.st_mtime_ns))
     name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:24] + ".npy"
@@ -1122,12 +1208,14 @@ def decode(recording, path, shape, image_size, fit):
     faults = Faults()
     bar = tqdm(total=shape[0] * shape[1], unit="frame", desc="decoding once")
 
-    rate = recording.info["fps"] if recording.info["codebase_version"] == "v3.0" else None
 
     def work(job):
         (camera, source), rows = job
         slot = recording.cameras.index(camera)
-        frames = video_frames(source, rate) if source else image_frames(recording.files, camera)
+        if source:
+            frames = video_frames(source, recording.info["fps"])
+        else:
+            frames = image_frames(recording.files, camera)
         fault = f"got frames missing; need one of {shape[2:]} per row"
         try:
             with open(path, "r+b") as file:
@@ -1323,9 +1411,14 @@ def card(demos, sheet):
     for e in demos.episodes[:6]:
         samples = np.flatnonzero(demos.owner == e)
         samples = samples[np.linspace(0, len(samples) - 1, 8).astype(int)]    # 8 frames of each
-        rows.append(np.concatenate(demos.batch(samples)["images"], axis=1))   # (H, 8 W, 3)
-    Image.fromarray(np.concatenate(rows)).save(sheet)
-    print(f"contact sheet of {len(rows)} episodes: {sheet}")
+        images = demos.batch(samples)["images"]
+        images = images.reshape(8, -1, *images.shape[-2:])        # cameras below each other
+        rows.append(np.concatenate(images, axis=1))               # (C H, 8 W, 3)
+    try:
+        Image.fromarray(np.concatenate(rows)).save(sheet)
+        print(f"contact sheet of {len(rows)} episodes: {sheet}")
+    except OSError as error:
+        warnings.warn(f"no contact sheet: {error}")
 
 
 def examine(demos, policy, name):

@@ -683,16 +683,15 @@ class TrainState:
             iteration=self.iteration,
             optimizer=self.optimizer.state_dict(),
             critic=critic,
-            frozen=frozen_sum(self.policy),
+            **sft_warmstart.start_of(self.policy),
             real=None if self.real is None else self.real.state_dict(),
         )
 
     def load(self, path, args):
         """Read resume.pt. ValueError if it is of a run with other flags or with another Stage I."""
         trained = sft_warmstart.trainable(self.policy)
-        state = sft_warmstart.load_state(
-            path, saved_flags(args), trained, frozen=frozen_sum(self.policy)
-        )
+        start = sft_warmstart.start_of(self.policy)
+        state = sft_warmstart.load_state(path, saved_flags(args), trained, **start)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"][0])
@@ -700,11 +699,6 @@ class TrainState:
         if self.real is not None:
             self.real.load_state_dict(state["real"])
         self.iteration = state["iteration"]
-
-
-def frozen_sum(policy):
-    """A sum over the weights that do not train, to tell whether Stage I was made anew."""
-    return math.fsum(p.double().sum().item() for p in policy.parameters() if not p.requires_grad)
 
 
 def saved_flags(args):
@@ -741,6 +735,7 @@ def main_job(args):
     if args.init == "base" and not policy.has_statistics():
         limit = envs.ACTION_LIMIT  # a base of many robots, or none: the range of this controller
         policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
+    evaluate.check_ready(policy, sft_warmstart.task_names(args.task))
     real, held_out = real_demonstrations(args, policy)
     env = envs.make_env(
         args.task,

@@ -306,7 +306,7 @@ def train(policy, options):
     average = {name: p.detach().clone() for name, p in trained.items()} if options.ema else None
     step = 0
     if options.resume:
-        state = load_state(out / "resume.pt", vars(options), trained)
+        state = load_state(out / "resume.pt", vars(options), trained, **start_of(policy))
         optimizer.load_state_dict(state["optimizer"])
         sampler.load_state_dict(state["sampler"])
         average = state["average"]
@@ -321,6 +321,7 @@ def train(policy, options):
             sampler=sampler.state_dict(),
             average=average,
             step=step,
+            **start_of(policy),
         )
 
     write_args(options)
@@ -420,6 +421,7 @@ def open_domain(domain, given, options, policy):
         )
 
     demos = rank_0_first(read)  # it decodes the frames into the cache
+    check_inputs(policy, demos)
     policies.check_texts(policy, list(dict.fromkeys(demos.instructions)))
     if not policy.reads_state:
         demos.states = demos.states[:, :0]  # its size may differ between simulation and robot
@@ -445,6 +447,20 @@ def open_domain(domain, given, options, policy):
                 "where a step means more or less: see --convert control-rate"
             )
     return parts
+
+
+def check_inputs(policy, demos):
+    """Raise one ValueError with what the policy cannot read of these demonstrations."""
+    problems = policies.Problems()
+    cameras = demos.recording.cameras
+    one = 5 not in getattr(policy, "image_ndims", (4, 5))
+    remedy = f"--camera {cameras[0]}"
+    problems.need(not one or len(cameras) == 1, "--camera", cameras, "one for this policy", remedy)
+    size = demos.states.shape[1]
+    stated = size > 0 or not policy.reads_state
+    remedy = "--load discrete_state=false"
+    problems.need(stated, "state", "none in the data", "one, for the policy's prompt", remedy)
+    problems.stop()
 
 
 def recorded(domain, options, size):
@@ -670,6 +686,14 @@ def parameter_groups(trained, weight_decay, **settings):
     ]
 
 
+def start_of(policy):
+    """What a resumed run must start from, too: the weights that do not train, as their sum, and
+    the statistics."""
+    frozen = [p for p in policy.parameters() if not p.requires_grad]
+    total = math.fsum(p.double().sum().item() for p in frozen)
+    return dict(frozen=total, statistics=json.dumps(getattr(policy, "statistics", None)))
+
+
 class FiniteGuard:
     """Skips optimizer steps whose gradients are not finite; five in a row end the run."""
 
@@ -888,7 +912,7 @@ def check_range(problems, args, names, low, high=math.inf):
         value = getattr(args, name)
         limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
         problems.need(
-            low <= value <= high,
+            low <= value <= high and value < 2**63,
             f"--{name.replace('_', '-')}",
             value,
             limit,

@@ -2031,6 +2031,12 @@ def test_control_rate_adds_deltas_and_keeps_their_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("convert, message", [
+    (lambda episode: None, "episode 0: got TypeError"),
+    (lambda episode: dict(episode, actions=[0.0]), "an array of shape .1,. instead of"),
+    (lambda episode: dict(episode, instructions="open"), "instructions 'open' instead of a list"),
+    (lambda episode: dict(episode, fps=0), "fps 0 instead of a rate above 0"),
+    (lambda episode: dict(episode, frames=episode["frames"] + 5), "got frames outside; need 0 .. 8"),
+    (lambda episode: dict(episode, frames=episode["frames"] / 2), "instead of whole numbers"),
     (lambda episode: dict(episode, actions=episode["actions"][:2]), "2 actions for 9 frames"),
     (lambda episode: episode["no such key"], "episode 0: got KeyError"),
     ("nowhere.py", "nowhere.py: got FileNotFoundError.*'absolute-poses'"),
@@ -2951,6 +2957,16 @@ DATA_FAULTS = {  # what happens to episode 1: the damage, the message
         r"actions: got rows of different sizes.*\(episode 1\)",
     ),
     "rows of no episode": (data_file("meta/episodes.jsonl", EPISODES_0_1), "12 rows that belong"),
+    "category first": (
+        data_file("meta/tasks.jsonl", '{"task_index": 0, "category": "a", "language": "b"}'),
+        "got columns .'category', 'language'.; need task_index and task",
+    ),
+    "no length": (data_file("meta/episodes.jsonl", '{"episode_index": 0}'), "got episodes without"),
+    "no place of videos": (data_info(video_path=None), "for the videos of image; need LeRobot's"),
+    "blank text": (
+        data_file("meta/tasks.jsonl", '{"task_index": 0, "task": " "}'),
+        r"instructions: got none.*\(episode 0, 1, 2, 3\)",
+    ),
     "times": (
         data_column("timestamp", [0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]),
         r"times: got rows up to 0.100 s off.*--convert as-is",
@@ -2980,12 +2996,29 @@ def test_times_a_little_off_do_not_matter(tmp_path):
         data_open(tmp_path / "set", cameras="image")
 
 
-def test_a_video_of_another_rate_is_refused(tmp_path):
-    """Many episodes in one mp4: a wrong rate would give them each other's pictures."""
-    data_write(tmp_path / "set")
+@pytest.mark.parametrize("write", [data_write, data_v21])
+def test_a_video_of_another_rate_is_refused(tmp_path, write):
+    """A wrong rate would give rows the pictures of other rows."""
+    write(tmp_path / "set")
     data_info(fps=20)(tmp_path / "set")
     with pytest.raises(ValueError, match="got 10.0 frames a second; need 20, as in info.json"):
         data_open(tmp_path / "set", convert="as-is")
+
+
+def test_files_are_read_however_they_came(tmp_path):
+    """Linked folders, a byte-order mark, macOS's ._ files, a text with an unusual line end."""
+    data_v21(tmp_path / "set")
+    (tmp_path / "set/data").rename(tmp_path / "elsewhere")
+    (tmp_path / "set/data").mkdir()
+    (tmp_path / "set/data/chunk-000").symlink_to(tmp_path / "elsewhere/chunk-000")
+    (tmp_path / "elsewhere/chunk-000/._episode_000000.parquet").write_bytes(b"x")
+    info = tmp_path / "set/meta/info.json"
+    info.write_bytes(b"\xef\xbb\xbf" + info.read_bytes())
+    tasks = [dict(task_index=i, task=f"open\u2028{i}") for i in range(2)]
+    lines = "\n".join(json.dumps(task, ensure_ascii=False) for task in tasks)
+    (tmp_path / "set/meta/tasks.jsonl").write_text(lines, encoding="utf-8")
+    demos = data_open(tmp_path / "set")
+    assert set(demos.instructions) == {"open\u20280", "open\u20281"}
 
 
 def test_killed_processes_leave_nothing_for_ever(tmp_path):
@@ -3980,6 +4013,16 @@ def test_what_was_loaded_for_is_saved(tmp_path):
     fault_named(folder, "nowhere.json: got no such file", tokenizer="nowhere.json")
 
 
+def test_tokenizers_and_weights_that_cannot_be_right_are_refused(tmp_path):
+    fault_named("openvla", "as the weights have", tokenizer=policies.BUNDLED["pi05"])
+    fault_named("pi05", "as the weights have", tokenizer=policies.BUNDLED["openvla"])
+    folder = fault_copy(tmp_path, "pi05")
+    key = "action_in_proj.bias"
+    bias = load_file(folder / "model.safetensors")[key]
+    fault_tensors(folder / "model.safetensors", {key: bias * np.nan})
+    fault_named(folder, "nan or inf", key)
+
+
 @pytest.mark.parametrize("name", ["openvla", "pi05"])
 def test_texts_that_the_tokenizer_does_not_know(name):
     policy = policies.load_policy(name)
@@ -4349,6 +4392,34 @@ def test_stage_two_resumes_bit_for_bit(policy):
     assert (folder / "half/args.json").read_bytes() == before, "a refused run changes nothing"
     with pytest.raises(ValueError, match="which holds a run"):
         stage_args(folder / "half", policy)
+
+
+@pytest.mark.parametrize("change", ["data", "statistics"])
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_resume_refuses_what_changed_under_the_same_name(tmp_path, change, stage):
+    """The same flags, but the data set or the statistics of the checkpoint are others."""
+    shutil.copytree(stage_demos() / "real", tmp_path / "real")
+    shutil.copytree(stage_start("openvla"), tmp_path / "policy")
+
+    def run(resume):
+        given = dict(real_data=str(tmp_path / "real"), resume=resume)
+        if stage == "two":
+            args = stage_args(tmp_path / "out", init=str(tmp_path / "policy"), **given)
+            return rl_cotrain.main_job(args)
+        options = stage_options(tmp_path / "out", sim_data=None, sim_ratio=0.0, **given)
+        options.policy = str(tmp_path / "policy")
+        return sft_warmstart.warm_start(options)
+
+    assert run(False)
+    if change == "data":
+        shutil.rmtree(tmp_path / "real")
+        episodes = [stage_episode(200 + k, 9 + k) for k in range(4)]
+        real_data.write_dataset(tmp_path / "real", episodes, 5)
+    else:
+        file = tmp_path / "policy/dataset_statistics.json"
+        file.write_text(file.read_text().replace("0.04", "0.05"))
+    with pytest.raises(ValueError, match="resume: got"):
+        run(True)
 
 
 def test_resume_refuses_another_stage_one(tmp_path):
@@ -4954,7 +5025,8 @@ def test_stage_one_says_what_it_was_given(tmp_path, capsys):
         tmp_path / "out", sim_ratio=0, sim_data=None, real_data=str(tmp_path / "set"), steps=1,
         statistics="base",
     )
-    with pytest.warns(UserWarning, match="beyond the policy's range.*: dx 100.00% .*--statistics data"):
+    beyond = "beyond the policy's range.*: dx 100.00% .*--statistics data"
+    with pytest.warns(UserWarning, match=beyond):
         assert sft_warmstart.warm_start(options)
     said = capsys.readouterr().err
     for words in (
