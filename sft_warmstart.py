@@ -981,7 +981,7 @@ def load_state(path, args, trained, **expected):
     state = torch.load(path, map_location="cpu", weights_only=True)
     changed = changed_flags(state["args"], args)
     for name, value in expected.items():
-        if state[name] != value:
+        if state.get(name) != value:
             changed.append(f"the {name} of its start was another")
     if set(state["weights"]) != set(trained):
         changed.append("other weights train")
