@@ -514,10 +514,7 @@ def parse(argv):
 
 
 def check(args, given):
-    """Raise a ValueError that lists all wrong flags; it leaves no trace.
-
-    Replaces runs by the policies in them, and fills in the default of --out.
-    """
+    """Raise a ValueError that lists all wrong flags; it leaves no trace. Fills in --out."""
     problems = policies.Problems()
     problems.need(args.checkpoint or args.curves, "--checkpoint, --curves", "neither",
                   "one of them", "--checkpoint openvla")
@@ -535,8 +532,7 @@ def check(args, given):
         with noted(problems):
             policies.find_folder(name)
     with noted(problems):
-        if args.load:
-            policies.parse_load(args.load)
+        policies.parse_load(args.load)
     if args.checkpoint or args.curves:
         args.out = args.out or default_folder(args)
     if args.checkpoint:
@@ -753,8 +749,7 @@ def begin_worker():
 @functools.lru_cache(maxsize=1)
 def load(checkpoint, device, dtype, *pairs):
     """Load a policy. pairs: of --load."""
-    options = policies.parse_load(pairs) if pairs else {}
-    return policies.load_policy(checkpoint, device, dtype, **options)
+    return policies.load_policy(checkpoint, device, dtype, **policies.parse_load(pairs))
 
 
 def check_ready(policy, tasks):

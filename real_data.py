@@ -362,8 +362,7 @@ def widen(stats, demos):
     be scaled far beyond [-1, 1]. Where these demonstrations reach beyond 3, minimum and maximum
     take the place of the quantiles, unless the extreme is no plausible motion; for the gripper it
     is [-1, 1]. The policies widen what is still narrower than MIN_RANGE."""
-    sizes = stats["q01"], stats["q99"]
-    reach, share = reach_of(demos.actions, *sizes)
+    reach, share = reach_of(demos.actions, stats["q01"], stats["q99"])
     limit = limits(demos.fps)
     for d, name in enumerate(action_names(len(reach))):
         if reach[d] <= 1.5:
@@ -628,8 +627,9 @@ def doubts(recording):
 
 def doubt_units(recording, problems):
     """Note actions that are too large, or commands to the gripper that are not -1 .. 1."""
-    move = MAX_SPEED / recording.fps
-    turn = MAX_TURN_SPEED / recording.fps
+    limit = limits(recording.fps)
+    move = limit["dx"]
+    turn = limit["droll"]
     grip = recording.actions[:, 6:]
     odd_grip = np.abs(grip) > 1.01
     if grip.min() > -0.01:                            # 0 .. 1: what is not 1 would be half open

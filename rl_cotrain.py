@@ -671,6 +671,9 @@ class TrainState:
     real: object
     iteration: int = 0
 
+    def __post_init__(self):
+        self.start = sft_warmstart.start_of(self.policy)
+
     def save(self, path, args):
         """Write resume.pt."""
         critic = None
@@ -683,15 +686,14 @@ class TrainState:
             iteration=self.iteration,
             optimizer=self.optimizer.state_dict(),
             critic=critic,
-            **sft_warmstart.start_of(self.policy),
+            **self.start,
             real=None if self.real is None else self.real.state_dict(),
         )
 
     def load(self, path, args):
         """Read resume.pt. ValueError if it is of a run with other flags or with another Stage I."""
         trained = sft_warmstart.trainable(self.policy)
-        start = sft_warmstart.start_of(self.policy)
-        state = sft_warmstart.load_state(path, saved_flags(args), trained, **start)
+        state = sft_warmstart.load_state(path, saved_flags(args), trained, **self.start)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"][0])

@@ -305,8 +305,9 @@ def train(policy, options):
     )
     average = {name: p.detach().clone() for name, p in trained.items()} if options.ema else None
     step = 0
+    start = start_of(policy)
     if options.resume:
-        state = load_state(out / "resume.pt", vars(options), trained, **start_of(policy))
+        state = load_state(out / "resume.pt", vars(options), trained, **start)
         optimizer.load_state_dict(state["optimizer"])
         sampler.load_state_dict(state["sampler"])
         average = state["average"]
@@ -321,7 +322,7 @@ def train(policy, options):
             sampler=sampler.state_dict(),
             average=average,
             step=step,
-            **start_of(policy),
+            **start,
         )
 
     write_args(options)

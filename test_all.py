@@ -2035,7 +2035,10 @@ def test_control_rate_adds_deltas_and_keeps_their_pictures(tmp_path):
     (lambda episode: dict(episode, actions=[0.0]), "an array of shape .1,. instead of"),
     (lambda episode: dict(episode, instructions="open"), "instructions 'open' instead of a list"),
     (lambda episode: dict(episode, fps=0), "fps 0 instead of a rate above 0"),
-    (lambda episode: dict(episode, frames=episode["frames"] + 5), "got frames outside; need 0 .. 8"),
+    (
+        lambda episode: dict(episode, frames=episode["frames"] + 5),
+        "got frames outside; need 0 .. 8",
+    ),
     (lambda episode: dict(episode, frames=episode["frames"] / 2), "instead of whole numbers"),
     (lambda episode: dict(episode, actions=episode["actions"][:2]), "2 actions for 9 frames"),
     (lambda episode: episode["no such key"], "episode 0: got KeyError"),
@@ -4173,11 +4176,7 @@ def test_a_refused_evaluation_leaves_no_trace(flags, said, evaluate_instant, mon
             raise ValueError("broken: got 1; need 2; try 3")
         return []
 
-    def parse_load(pairs):
-        raise ValueError(f"--load: got {' '.join(pairs)}; need 2; try 3")
-
     monkeypatch.setattr(evaluate, "look", look)
-    monkeypatch.setattr(policies, "parse_load", parse_load, raising=False)
     for out in ("", "--out cut", "--out done"):
         assert evaluate_command(f"{FLAGS} {out}", capsys)[0] == 0
     pathlib.Path("cut/result.json").unlink()
