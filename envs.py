@@ -26,11 +26,18 @@ imageio for its demo, `python envs.py`): copy it away.
 """
 import argparse
 import atexit
+import contextlib
 import ctypes.util
 import glob
+import itertools
+import math
+import multiprocessing.util
 import os
+import pickle
+import signal
 import sys
 import time
+import traceback
 import types
 from typing import NamedTuple
 from typing import Protocol
@@ -47,9 +54,9 @@ def choose_opengl():
     gpus = [str(k) for k in range(len(glob.glob("/dev/nvidia[0-9]*")))]
     if gpus and "LOCAL_RANK" in os.environ:        # each rank renders on its own GPU
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
-        device = visible[int(os.environ["LOCAL_RANK"]) % len(visible)]
-        if device in gpus:                         # a number, and not the UUID of a GPU
-            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", device)
+        if set(visible) <= set(gpus):              # numbers, and not the UUIDs of GPUs
+            place = int(os.environ["LOCAL_RANK"]) % len(visible)
+            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(place))  # among those visible
 
 
 def gl_error(error):
@@ -687,12 +694,57 @@ def check_env(env, steps=100):
     problems.stop()
 
 
-def make_env(task, domain="sim", num_envs=1, seed=0, image_size=64, **options):
-    """Return the environments of a task in TASKS, or of "all": the one place that makes them."""
-    return VecEnv(task, domain, num_envs, seed, image_size, **options)
+def check_actions(actions, n):
+    """Return chunks of actions (n, K, 7) as float64.
+
+    Raises ValueError for a wrong shape, or non-finite actions, naming the environments.
+    """
+    actions = np.asarray(actions, np.float64)
+    if actions.ndim != 3 or actions.shape[::2] != (n, 7) or not actions.size:
+        raise ValueError(f"actions: got shape {actions.shape}; need ({n}, K >= 1, 7); try "
+                         "actions[:, None] for one step of dx dy dz droll dpitch dyaw gripper")
+    bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
+    if len(bad):
+        raise ValueError(f"actions: got non-finite ones in environments {bad.tolist()}; need "
+                         "metres, radians, gripper in [-1, 1]; try np.isfinite before step()")
+    return actions
+
+
+def make_env(task, domain="sim", num_envs=1, seed=0, image_size=64, workers=1, **options):
+    """Return the environments of a task in TASKS, or of "all": the one place that makes them.
+
+    They run in this process, or in more than one worker process.
+    """
+    if workers <= 1:
+        return VecEnv(task, domain, num_envs, seed, image_size, **options)
+    return ParallelEnv(task, domain, num_envs, seed, image_size, workers, **options)
 
 
 # ---- environments --------------------------------------------------------------------------
+def check_options(task, domain, num_envs, image_size, variant="seen", randomise=(), group=1,
+                  workers=1):
+    """Raise one ValueError with everything that is wrong in the arguments of an environment."""
+    problems = Problems()
+    variants = VARIANTS[:1] if domain == "pretrain" else VARIANTS
+    for name, got, known in (("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS),
+                             ("variant", variant, variants)):
+        problems.need(got in known, name, repr(got), f"one of {', '.join(known)}", known[0])
+    unknown = set(randomise) - set(RANDOMISE)
+    problems.need(not unknown, "randomise", unknown, f"some of {', '.join(RANDOMISE)}", "()")
+    fits = image_size == 0 or 8 <= image_size <= 512
+    problems.need(fits, "image_size", image_size, "0, or 8 to 512 pixels", 64)
+    divides = num_envs > 0 and group > 0 and num_envs % (workers * group) == 0
+    problems.need(divides, "num_envs", num_envs,
+                  f"a multiple of group = {group} times workers = {workers}", workers * group)
+    if workers > 1:
+        try:
+            pickle.dumps(TASKS)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            problems.need(False, "TASKS", error, "tasks that pickle can send to the workers",
+                          "a class at the top of a module, or workers=1")
+    problems.stop()
+
+
 class VecEnv:
     """N environments of one task, stepped together; Env is the contract.
 
@@ -707,24 +759,14 @@ class VecEnv:
     first_episode, episode_stride, group
                     environment i starts with episode first_episode + (i // group) * episode_stride;
                     the `group` environments that share it share the later ones, too (for GRPO)
+    worker          (w, W): these are N of the W * N environments of a ParallelEnv, from w * N on
     auto_reset      False: an environment whose episode has ended stays as it is, ignores actions,
                     and is not rendered again until reset() (for evaluation)
     """
 
     def __init__(self, task, domain, num_envs, seed, image_size, variant="seen", randomise=(),
-                 first_episode=0, episode_stride=1, group=1, auto_reset=True):
-        problems = Problems()
-        variants = VARIANTS[:1] if domain == "pretrain" else VARIANTS
-        for name, got, known in (("task", task, (*TASKS, "all")), ("domain", domain, DOMAINS),
-                                 ("variant", variant, variants)):
-            problems.need(got in known, name, repr(got), f"one of {', '.join(known)}", known[0])
-        unknown = set(randomise) - set(RANDOMISE)
-        problems.need(not unknown, "randomise", unknown, f"some of {', '.join(RANDOMISE)}", "()")
-        fits = image_size == 0 or 8 <= image_size <= 512
-        problems.need(fits, "image_size", image_size, "0, or 8 to 512 pixels", 64)
-        divides = num_envs > 0 and group > 0 and num_envs % group == 0
-        problems.need(divides, "num_envs", num_envs, f"a multiple of group = {group}", group)
-        problems.stop()
+                 first_episode=0, episode_stride=1, group=1, worker=(0, 1), auto_reset=True):
+        check_options(task, domain, num_envs, image_size, variant, randomise, group)
         self.num_envs = num_envs
         self.seed = seed
         self.domain = domain
@@ -732,6 +774,7 @@ class VecEnv:
         self.first_episode = first_episode
         self.episode_stride = episode_stride
         self.group = group
+        self.worker = worker
         self.auto_reset = auto_reset
         self.unseen_states = variant == "unseen-states"
         self.distributions = distributions(domain, variant, randomise)
@@ -777,9 +820,19 @@ class VecEnv:
         self.images = np.zeros((n, self.image_size, self.image_size, 3), np.uint8)
 
     def reset(self, first_episode=None):
-        """Start over, by default with the constructor's first_episode; return observe() of all."""
-        self.next_episode = self.first_episode if first_episode is None else first_episode
-        self.numbers = [[] for _ in range(self.num_envs // self.group)]  # episodes of each group
+        """Start over, by default with the constructor's first_episode; return observe() of all.
+
+        The k-th episode number is first_episode + k * episode_stride. With G groups in each of W
+        workers, the groups of worker w start with k = w * G to w * G + G - 1. Whichever of them
+        ends an episode takes the worker's next k of W * G + w, W * G + w + W, W * G + w + 2 W, ...
+        """
+        self.start = self.first_episode if first_episode is None else first_episode
+        w, workers = self.worker
+        groups = self.num_envs // self.group
+        first = range(w * groups, (w + 1) * groups)
+        later = itertools.count(workers * groups + w, workers)
+        self.unused = itertools.chain(first, later)                      # k
+        self.numbers = [[] for _ in range(groups)]                       # episodes of each group
         self.restarts = np.zeros(self.num_envs, int)
         everyone = np.arange(self.num_envs)
         self.begin_episodes(everyone)
@@ -813,8 +866,7 @@ class VecEnv:
         """Draw the next episode of environment i and write its scene."""
         numbers = self.numbers[i // self.group]
         if self.restarts[i] == len(numbers):       # the first of its group to get there
-            numbers.append(self.next_episode)
-            self.next_episode += self.episode_stride
+            numbers.append(self.start + next(self.unused) * self.episode_stride)
         self.episode[i] = numbers[self.restarts[i]]
         self.restarts[i] += 1
         # A stream for each part: a change in one leaves what the others draw as it is.
@@ -860,17 +912,10 @@ class VecEnv:
     def step(self, actions):
         """Play chunks of actions (N, K, 7), see Env. Actions beyond ACTION_LIMIT are clipped.
 
-        Raises ValueError for a wrong shape, or non-finite actions, naming the environments.
+        Raises the ValueErrors of check_actions().
         """
         n = self.num_envs
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 3 or actions.shape[::2] != (n, 7) or not actions.size:
-            raise ValueError(f"actions: got shape {actions.shape}; need ({n}, K >= 1, 7); try "
-                             "actions[:, None] for one step of dx dy dz droll dpitch dyaw gripper")
-        bad = np.flatnonzero(~np.isfinite(actions).all((1, 2)))
-        if len(bad):
-            raise ValueError(f"actions: got non-finite ones in environments {bad.tolist()}; need "
-                             "metres, radians, gripper in [-1, 1]; try np.isfinite before step()")
+        actions = check_actions(actions, n)
         reward = np.zeros(n)
         terminated = np.zeros(n, bool)
         truncated = np.zeros(n, bool)
@@ -985,6 +1030,155 @@ class VecEnv:
     def wrong_instructions(self):
         """Return N instructions that do not describe the episodes: other cubes, other tasks."""
         return [TASKS[task].wrong_instruction(self, i) for i, task in enumerate(self.task)]
+
+
+class ParallelEnv:
+    """N environments in W worker processes, a VecEnv of N / W in each; Env is the contract.
+
+    Takes what VecEnv takes, and workers = W. Environment i starts with the episode that it starts
+    with in a VecEnv of N, and an episode number stands for the same scene. The numbers of the later
+    episodes differ: each worker has its own, see VecEnv.reset(), so that nothing depends on which
+    worker is faster.
+
+    Workers import the main script, whose work must stand under `if __name__ == "__main__"`, and get
+    the tasks in TASKS as they are when the ParallelEnv is made.
+
+    Raises the error of a worker, and RuntimeError if a worker has died; all workers end then. They
+    also end with close(), with the last reference to the ParallelEnv, and with this process.
+    """
+
+    def __init__(self, task, domain, num_envs, seed, image_size, workers, variant="seen",
+                 randomise=(), group=1, **options):
+        check_options(task, domain, num_envs, image_size, variant, randomise, group, workers)
+        self.num_envs = num_envs
+        self.pipes = []
+        self.processes = []
+        self.images = []           # of each worker, uint8, in memory shared with it
+        # Called with the last reference to self, too, and when this process ends.
+        self.close = multiprocessing.util.Finalize(
+            self, end_workers, (self.pipes, self.processes), exitpriority=0)
+        # Not "fork": a forked process would share the OpenGL and CUDA contexts of this one.
+        context = multiprocessing.get_context("spawn")
+        shape = (num_envs // workers, image_size, image_size, 3)
+        for _ in range(workers):
+            pipe, far_end = context.Pipe()
+            memory = context.RawArray("B", math.prod(shape))
+            process = context.Process(target=work, args=(far_end, memory, TASKS), daemon=True)
+            process.start()
+            far_end.close()        # the worker's copy is the only one: it closes if the worker dies
+            self.pipes.append(pipe)
+            self.processes.append(process)
+            self.images.append(np.frombuffer(memory, np.uint8).reshape(shape))
+        options.update(task=task, domain=domain, num_envs=num_envs // workers, seed=seed,
+                       image_size=image_size, variant=variant, randomise=randomise, group=group)
+        made = self.ask("make", [(dict(options, worker=(w, workers)),) for w in range(workers)])
+        self.tasks, self.privileged_size = made[0]
+
+    def reset(self, first_episode=None):
+        """Start over, by default with the constructor's first_episode; return the first obs."""
+        return self.join_obs(self.ask("reset", [(first_episode,)] * len(self.pipes)))
+
+    def step(self, actions):
+        """Play chunks of actions (N, K, 7), see Env. Raises the ValueErrors of check_actions()."""
+        actions = check_actions(actions, self.num_envs)
+        chunks = np.split(actions, len(self.pipes))
+        answers = self.ask("step", [(chunk,) for chunk in chunks])
+        obs, reward, terminated, truncated, info = zip(*answers)
+        final_obs = [part.pop("final_obs") for part in info]
+        final_obs = [part for part in final_obs if part is not None]
+        terminated = join(terminated)
+        truncated = join(truncated)
+        info = join(info)
+        info["ended"] = np.flatnonzero(terminated | truncated)
+        info["final_obs"] = join(final_obs) if final_obs else None
+        return self.join_obs(obs), join(reward), terminated, truncated, info
+
+    def wrong_instructions(self):
+        """Return N instructions that do not describe the episodes."""
+        return join(self.ask("wrong_instructions", [()] * len(self.pipes)))
+
+    def join_obs(self, parts):
+        """Return one observation in fresh arrays from those of the workers, which lack images."""
+        obs = join(parts)
+        images = join(self.images)
+        if images.size:
+            obs["images"] = images
+        return obs
+
+    def ask(self, request, arguments):
+        """Send a request with a tuple of arguments to each worker; return their answers."""
+        try:
+            for pipe, some in zip(self.pipes, arguments):
+                pipe.send((request, some))
+            answers = [pipe.recv() for pipe in self.pipes]
+        except (EOFError, OSError) as error:
+            self.close()
+            codes = [process.exitcode for process in self.processes]
+            raise RuntimeError(
+                f"workers: got exit codes {codes}; need workers that live; try fewer workers or "
+                "environments if memory ran out (-9), a new ParallelEnv if this one is closed (0), "
+                "else see the worker's own message") from error
+        except BaseException:      # Ctrl-C, for example: a late answer would be taken for the next
+            self.close()
+            raise
+        for answer in answers:
+            if isinstance(answer, Exception):
+                self.close()
+                raise answer
+        answers, tasks = zip(*answers)
+        self.task = np.concatenate(tasks)          # of the present episodes
+        return answers
+
+
+def work(pipe, memory, tasks):
+    """Be a worker of a ParallelEnv: do what the pipe requests, until its other end closes.
+
+    Answers (result, env.task), or an exception. The images of an observation are left in the shared
+    memory: through a pipe they would cost more than a tenth of a step, at 64 of 224 px.
+    """
+    # Signals to all processes, such as Ctrl-C, are for the parent: it may want to save first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    TASKS.clear()
+    TASKS.update(tasks)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            request, arguments = pipe.recv()
+            try:
+                if request == "make":
+                    env = VecEnv(**arguments[0])
+                    env.images = np.frombuffer(memory, np.uint8).reshape(env.images.shape)
+                    result = env.tasks, env.privileged_size
+                else:
+                    result = getattr(env, request)(*arguments)
+                if request == "reset":
+                    result.pop("images", None)
+                if request == "step":
+                    result[0].pop("images", None)
+                answer = result, env.task
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # where in the worker
+                answer = error
+            pipe.send(answer)
+
+
+def end_workers(pipes, processes):
+    """End the workers: closing a pipe does, unless a worker hangs."""
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(timeout=10)   # s
+        process.kill()
+        process.join()
+
+
+def join(parts):
+    """Join the parts of all workers: arrays and lists end to end, dicts of them key by key."""
+    if isinstance(parts[0], dict):
+        return {key: join([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], list):
+        return sum(parts, [])
+    return np.concatenate(parts)
 
 
 # ---- experts -------------------------------------------------------------------------------

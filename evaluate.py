@@ -485,7 +485,7 @@ def parse(argv):
     add("--resume", action="store_true",
         help="run the blocks that are missing in OUT; all other flags but --workers as they were")
     add("--workers", type=int, default=0,
-        help="processes; they change no result; default: 0, one per CPU core, on a GPU one")
+        help="processes; they change no result; default: 0, one per CPU core, or per GPU")
     add("--decoding", default="deploy", choices=policies.DECODINGS,
         help="how actions are chosen; default: deploy")
     add("--seed", type=int, default=EVAL_SEED,
@@ -508,7 +508,7 @@ def parse(argv):
     args.domains = ["sim", "real"] if args.domain == "both" else [args.domain]
     args.variants = list(envs.VARIANTS) if "all" in args.variants else args.variants
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.workers = args.workers or (cores() if args.device == "cpu" else 1)
+    args.workers = args.workers or (torch.cuda.device_count() if args.device == "cuda" else cores())
     check(args, given)
     return args
 
@@ -716,7 +716,8 @@ def show_warning(message, *place, **options):
 def worker_processes(count):
     """Yield a pool of processes; none of them survives this one, however it ends."""
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, spawn, initializer=begin_worker)
+    begun = spawn.Value("i", 0)             # processes so far
+    pool = ProcessPoolExecutor(count, spawn, initializer=begin_worker, initargs=(begun,))
     # The processes inherit that signals are blocked: this one handles them, and ends the others.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for _ in range(count):
@@ -734,8 +735,19 @@ def worker_processes(count):
         pool.shutdown(cancel_futures=True)
 
 
-def begin_worker():
-    """Prepare a process of the pool; it ends with its parent, even if that is killed."""
+def begin_worker(begun):
+    """Prepare a process of the pool; it ends with its parent, even if that is killed.
+
+    begun: how many there are already; they use the GPUs in turn.
+    """
+    with begun.get_lock():
+        number = begun.value
+        begun.value += 1
+    if torch.cuda.is_available():
+        gpu = number % torch.cuda.device_count()
+        torch.cuda.set_device(gpu)
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(gpu))     # it renders there, too
+
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)

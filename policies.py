@@ -9,8 +9,9 @@
 
     python policies.py                                           # the tiny ones on one core
 
-Images    (B, H, W, 3) uint8 RGB, or (B, N, H, W, 3) for N cameras of pi0.5. The features
-          of policy.encode_images may stand for images: frozen vision runs once per image.
+Images    (B, H, W, 3) uint8 RGB, or (B, N, H, W, 3) for N cameras of pi0.5. What
+          policy.encode_images returns may stand for images: frozen vision runs once per image.
+          So may what pi0.5's encode_prefix returns, if its language model is frozen, too.
 Actions   (B, K, 7) float32: dx dy dz [m], droll dpitch dyaw [rad], gripper -1 close .. 1 open
 Log-prob  One float32 number [nats] per decision, on which PPO's ratio, clip and KL all act.
           OpenVLA: log pi(a|o), the sum over the 7 action tokens.
@@ -25,10 +26,14 @@ Official and tiny checkpoints run through the same code. Departures from the ref
  2. One decoder serves Llama, Gemma and the action expert. It has no RoPE buffer to round.
  3. pi0.5 trains and samples by the same two passes, prefix and expert, with equal gradients.
  4. pi0.5's critic averages valid prefix tokens only; the reference averages padding, too.
- 5. Weights stay float32; "bf16" is autocast. Logits, heads, time and norms stay float32.
+ 5. "bf16" is autocast over what trains, which stays float32. What is frozen is stored in bf16,
+    as autocast would round it. Logits, heads, time, norms and RoPE are computed in float32.
 """
 
+import argparse
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import re
@@ -50,6 +55,7 @@ from tokenizers import normalizers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 ACTION_DIM = 7
 DECODINGS = ("sample", "deploy", "greedy")
@@ -195,6 +201,7 @@ class Policy(nn.Module):
         self.statistics = {}
         self.tokenizer = None
         self.notes = []  # what load_policy chose, one line each
+        self.base = dict(name="", sha256="")  # of the weights that adapters leave as they are
         self.passed_on = {}  # files of the checkpoint that are saved again as they are
         self.bf16 = False
 
@@ -207,6 +214,11 @@ class Policy(nn.Module):
         """Whether nothing in the vision towers trains, so that features may be cached."""
         vision = (p for name, p in self.named_parameters() if name.startswith(self.vision))
         return not any(p.requires_grad for p in vision)
+
+    @property
+    def number(self):
+        """The type of features: what reads them would round them to bf16 anyway."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -352,6 +364,7 @@ class OpenVLA(Policy):
 
     SETTINGS = dict(unnorm_key=None, temperature=1.0, center_crop=False)
     kind = "openvla"
+    float32_layers = "lm_head"  # layers that are computed without autocast
     embedding = "language_model.model.embed_tokens.weight"
     statistics_file = "dataset_statistics.json"
     horizon = 1
@@ -421,15 +434,21 @@ class OpenVLA(Policy):
         hidden, valid, kv = self.hidden(images, *self.prompt(instructions), last=1)
         value = self.value_head(hidden[:, -1])[:, 0]
         llama = self.language_model.model
+        rooms = ACTION_DIM - 1  # for the keys and values of all action tokens but the last
+        columns = valid.shape[1] + torch.arange(rooms, device=self.device)[:, None]  # (6, 1)
+        valid = F.pad(valid, (0, rooms))
+        for layer, pair in enumerate(kv):
+            kv[layer] = [F.pad(part, (0, 0, 0, rooms)) for part in pair]
         logp = torch.zeros_like(value)
         tokens = []
         for i in range(ACTION_DIM):
             if i > 0:  # feed the last token back
-                valid = F.pad(valid, (0, 1), value=True)
+                column = columns[i - 1]
+                valid.index_fill_(1, column, True)
                 position = valid.sum(1, keepdim=True) - 1
                 with self.autocast():
                     x = llama.embed_tokens(tokens[-1])
-                    hidden, kv = llama(x, position, valid[:, None, None], past=kv)
+                    hidden, kv = llama(x, position, valid[:, None, None], kv, write=column)
             logits = self.action_logits(hidden[:, -1])  # (B, 256)
             log_probs = self.log_softmax(logits)
             if decoding == "greedy":
@@ -562,12 +581,12 @@ class OpenVLA(Policy):
         return (torch.cat([x, x], 1) - mean) / std
 
     def encode_images(self, images):
-        """(B, H, W, 3) uint8 -> features (B, T, D1 + D2) float32 of DINOv2 and SigLIP."""
+        """(B, H, W, 3) uint8 -> features (B, T, D1 + D2) of DINOv2 and SigLIP."""
         dino, siglip = self.pixels(self.check_inputs(images)).split(3, 1)
         with self.autocast():
             dino = self.vision_backbone.featurizer(dino)
             siglip = self.vision_backbone.fused_featurizer(siglip)
-            return torch.cat([dino, siglip], -1).float()
+            return torch.cat([dino, siglip], -1).to(self.number)
 
     def project(self, x):
         x = F.gelu(self.projector.fc1(x))
@@ -634,6 +653,7 @@ class Pi05(Policy):
         style="openpi",
     )
     kind = "pi05"
+    float32_layers = r"dense\.|action_\w+_proj|time_mlp"  # that are computed without autocast
     embedding = "language_model.embed_tokens.weight"
     statistics_file = "norm_stats.json"
     fit = "pad"
@@ -849,12 +869,32 @@ class Pi05(Policy):
         with no_autocast(x):
             return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(x))))
 
+    @property
+    def prefix_frozen(self):
+        """Whether nothing that reads images and prompt trains, so that the prefix may be kept."""
+        return not any(
+            p.requires_grad for name, p in self.named_parameters() if name.startswith(self.vlm)
+        )
+
+    @torch.no_grad()
+    def encode_prefix(self, images, instructions, state=None, camera_mask=None):
+        """Run the prefix pass once; what it returns may stand for images of the same call.
+
+        Returns a dict: pooled (B, D), kv (B, P, layers, 2, kv heads, hd) and valid (B, P).
+        """
+        pooled, kv, valid = self.observe(images, instructions, state, camera_mask)
+        kv = torch.stack([torch.stack(pair) for pair in kv])  # (layers, 2, B, kv heads, P, hd)
+        return dict(pooled=pooled, kv=kv.permute(2, 4, 0, 1, 3, 5).contiguous(), valid=valid)
+
     def observe(self, images, instructions, state, camera_mask, **checked):
-        """Check the inputs and run the prefix pass.
+        """Check the inputs and run the prefix pass, unless encode_prefix has done so.
 
         Returns the mean of the valid prefix tokens (B, D) float32, which the value head reads,
         keys and values, and valid (B, P).
         """
+        if isinstance(images, dict):
+            kv = images["kv"].permute(2, 3, 0, 4, 1, 5)  # (layers, 2, B, kv heads, P, hd)
+            return images["pooled"], list(kv), images["valid"]
         images = self.check_inputs(images, instructions, state, **checked)
         if camera_mask is not None:
             camera_mask = torch.as_tensor(camera_mask, device=self.device).bool()
@@ -921,7 +961,7 @@ class Pi05(Policy):
         return torch.bucketize((state - low) / half - 1, edges, right=True) - 1
 
     def encode_images(self, images, camera_mask=None):
-        """(B, [N,] H, W, 3) uint8 -> features (B, N, T, D') float32.
+        """(B, [N,] H, W, 3) uint8 -> features (B, N, T, D').
 
         Cameras that are missing in the whole batch are skipped.
         """
@@ -937,8 +977,8 @@ class Pi05(Policy):
             x = torch.from_numpy(x).to(self.device)
         with self.autocast():
             x = recompute(self.vision_tower, x.permute(0, 3, 1, 2)).last_hidden_state
-        features = x.new_zeros(*images.shape[:2], *self.feature_shape, dtype=torch.float32)
-        features[:, present] = x.float().unflatten(0, (len(images), -1))
+        features = x.new_zeros(*images.shape[:2], *self.feature_shape, dtype=self.number)
+        features[:, present] = x.to(self.number).unflatten(0, (len(images), -1))
         return features
 
     def prompt(self, instructions, state=None):
@@ -1186,7 +1226,8 @@ class RMSNorm(nn.Module):
     """y = x / rms(x) * (offset + w), offset 0 in Llama and 1 in Gemma.
 
     With a condition c (adaRMS, in the expert): [scale, shift, gate] = W c + b and
-    y = x / rms(x) * (1 + scale) + shift. The gate multiplies the sub-block that follows.
+    y = x / rms(x) * (1 + scale) + shift. The gate multiplies the sub-block that follows; it is
+    None without a condition.
     """
 
     def __init__(self, dim, eps, offset, cond_dim):
@@ -1197,10 +1238,10 @@ class RMSNorm(nn.Module):
         self.weight = None if cond_dim else nn.Parameter(torch.ones(dim))
 
     def forward(self, x, cond):
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        weight = None if self.weight is None else self.offset + self.weight
+        y = F.rms_norm(x.float(), x.shape[-1:], weight, self.eps)
         if cond is None:
-            return (y * (self.offset + self.weight)).to(x.dtype), 1.0
+            return y.to(x.dtype), None
         with no_autocast(x):
             scale, shift, gate = self.dense(cond).chunk(3, -1)
         return (y * (1 + scale) + shift).to(x.dtype), gate
@@ -1208,8 +1249,13 @@ class RMSNorm(nn.Module):
 
 def rotate(x, cos, sin):
     """Apply RoPE to pairs (i, i + hd/2): first half with second half, not even with odd."""
-    a, b = x.float().chunk(2, -1)
+    a, b = x.chunk(2, -1)  # the products with float32 cos and sin are float32
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def gated_sum(x, y, gate):
+    """Add a sub-block's output y to its input x, times a gate if there is one."""
+    return x + y if gate is None else x + gate * y
 
 
 class DecoderLayer(nn.Module):
@@ -1218,7 +1264,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, width, mlp_dim, num_heads, num_kv_heads, head_dim, act, norm):
         super().__init__()
         self.head_dim = head_dim
-        self.grouped = num_kv_heads < num_heads
+        self.shared = num_heads // num_kv_heads
         self.act = act
         q = num_heads * head_dim
         kv = num_kv_heads * head_dim
@@ -1243,7 +1289,14 @@ class DecoderLayer(nn.Module):
         y = layer(x)
         return y.view(len(y), -1, y.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
-    def forward(self, x, rotary, mask, past, cond, last):
+    def attend(self, q, k, v, mask):
+        """Return the attention of q (B, heads, T, hd) to k and v (B, kv heads, past + T, hd)."""
+        if self.shared > 1:  # by so many query heads, one after the other
+            k = k[:, :, None].expand(-1, -1, self.shared, -1, -1).flatten(1, 2)
+            v = v[:, :, None].expand(-1, -1, self.shared, -1, -1).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def forward(self, x, rotary, mask, past, cond, last, write):
         h, gate = self.input_layernorm(x, cond)
         k = rotate(self.heads(h, self.self_attn.k_proj), *rotary)
         v = self.heads(h, self.self_attn.v_proj)
@@ -1253,23 +1306,27 @@ class DecoderLayer(nn.Module):
             rotary = [part[:, :, -last:] for part in rotary]
             mask = mask[:, :, -last:]
         q = rotate(self.heads(h, self.self_attn.q_proj), *rotary)
-        if past is not None:
+        if write is not None:
+            k = past[0].index_copy_(2, write, k.to(past[0].dtype))
+            v = past[1].index_copy_(2, write, v.to(past[1].dtype))
+        elif past is not None:
             k = torch.cat([past[0], k], 2)  # (B, kv heads, past + T, hd)
             v = torch.cat([past[1], v], 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+        y = self.attend(q, k, v, mask)
         y = y.transpose(1, 2).reshape(*x.shape[:-1], -1)
-        x = x + gate * self.self_attn.o_proj(y)
+        x = gated_sum(x, self.self_attn.o_proj(y), gate)
         h, gate = self.post_attention_layernorm(x, cond)
         y = self.act(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)
-        return x + gate * self.mlp.down_proj(y), (k, v)
+        return gated_sum(x, self.mlp.down_proj(y), gate), (k, v)
 
 
 class Decoder(nn.Module):
     """Pre-norm transformer over x (B, T, D), or (B, S, H, D) with conditions (B, S, 1, D).
 
-    mask (B, 1, T or 1, past + T): True = may be attended. Nothing is mutated: keys (after
-    RoPE) and values are returned and go back in as `past`, so that training, cached sampling
-    and gradient checkpointing share one path.
+    mask (B, 1, T or 1, past + T): True = may be attended. Keys (after RoPE) and values are
+    returned and go back in as `past`. Nothing is mutated, so that training, cached sampling and
+    gradient checkpointing share one path, unless `write` (T,) names the columns of `past` to
+    write to; the mask hides those that are still empty. That saves a copy for every token.
     """
 
     def __init__(
@@ -1285,7 +1342,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(width, **norm)
 
-    def forward(self, x, positions, mask, past=None, cond=None, last=None):
+    def forward(self, x, positions, mask, past=None, cond=None, last=None, write=None):
         pair = torch.arange(0, self.head_dim, 2, device=x.device).float()
         frequency = 1.0 / self.theta ** (pair / self.head_dim)
         angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, hd/2)
@@ -1294,7 +1351,7 @@ class Decoder(nn.Module):
         kv = []
         for layer, layer_past in zip(self.layers, past):
             some = last if layer is self.layers[-1] else None
-            x, layer_kv = recompute(layer, x, rotary, mask, layer_past, cond, some)
+            x, layer_kv = recompute(layer, x, rotary, mask, layer_past, cond, some, write)
             kv.append(layer_kv)
         return self.norm(x, cond)[0], kv
 
@@ -1469,7 +1526,14 @@ up_proj down_proj lm_head""".split()
 
 
 def lora_hook(layer, inputs, output):
-    return output + layer.lora_scale * layer.lora_B(layer.lora_A(inputs[0]))
+    """Add the adapter's part to a layer's output."""
+    low = layer.lora_A(inputs[0])
+    if isinstance(layer, nn.Conv2d):
+        return output + layer.lora_scale * layer.lora_B(low)
+    # One product that scales and adds on its way: y + scale * low B^T.
+    b = layer.lora_B.weight.T
+    y = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), b, alpha=layer.lora_scale)
+    return y.view_as(output)
 
 
 def attach_lora(layer, rank, alpha):
@@ -1516,7 +1580,7 @@ def merge_lora(policy):
     """Fold the adapters into the weights, W += (alpha / r) B A, and remove them."""
     for layer in lora_modules(policy).values():
         delta = layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)
-        layer.weight += layer.lora_scale * delta.view_as(layer.weight)
+        layer.weight.copy_(layer.weight.float() + layer.lora_scale * delta.view_as(layer.weight))
         layer.lora_handle.remove()
         del layer.lora_A, layer.lora_B, layer.lora_scale, layer.lora_handle
 
@@ -1660,8 +1724,9 @@ def write_json(path, value):
         part.write_text(json.dumps(value, indent=1, default=np.ndarray.tolist))
 
 
-def read_safetensors(path):
-    return read_file(path, "safetensors", load_file)
+def read_safetensors(path, device="cpu"):
+    read = functools.partial(load_file, device=str(device))
+    return read_file(path, "safetensors", read)
 
 
 def read_dump(path):
@@ -1759,6 +1824,12 @@ def check_adapter(policy, adapter, folder, problems):
     if adapter is None:
         return
     policy.notes.append(f"adapter: {adapter} on the base {folder}")
+    trained_on = read_json(adapter / "policy.json", {}).get("base") or policy.base
+    problems.need(
+        trained_on["sha256"] == policy.base["sha256"], f"base {folder}",
+        "other weights than those the adapters were trained on", trained_on,
+        "--load base=PATH with the right model",
+    )
     check_files(policy, adapter, ["adapter_model.safetensors"], problems)
     config = read_json(adapter / "adapter_config.json")
     fields = {name: () for name in config if config[name] and name not in PEFT_UNUSED}
@@ -1778,30 +1849,55 @@ def check_steps(policy, file, processor, problems):
         check_fields(f"{file}: {name}", step.get("config", {}), fields, problems)
 
 
-def read_tensors(folder, names):
-    """Return all tensors of some files of a folder."""
+def read_tensors(policy, folder, names, device="cpu", trainable=None):
+    """Return all tensors of some files of a folder under our names.
+
+    File after file goes straight to the device, and each tensor into the type it is stored in.
+    """
     tensors = {}
     for name in names:
         if name.endswith(".safetensors"):
-            found = read_safetensors(folder / name)
+            found = read_safetensors(folder / name, device)
         else:
             found = read_file(folder / name, "a dict of tensors", read_dump)
-        twice = sorted(tensors.keys() & found.keys())
+        twice = sorted(tensors.keys() & {policy.internal_key(key) for key in found})
         if twice:
             raise ValueError(
                 f"{folder}: got {twice[0]} in two of {names}; need each tensor once; "
                 "try to move one of the files away"
             )
-        tensors.update(found)
+        for key in list(found):
+            value = found.pop(key)
+            key = policy.internal_key(key)
+            tensors[key] = value
+            if value.is_floating_point():
+                tensors[key] = value.to(device, storage_dtype(policy, key, trainable))
     return tensors
 
 
+def storage_dtype(policy, name, trainable):
+    """Return the type in which a weight is stored.
+
+    That is float32, but with bf16 for what is not `trainable`, provided that autocast would round
+    it to bf16 wherever it is used. trainable: names, or None for all.
+    """
+    if name == "lm_head.weight" and policy.tied_embedding:  # another name of the embedding
+        name = policy.embedding
+    if not policy.bf16 or trainable is None or name in trainable:
+        return torch.float32
+    layers = dict(policy.named_modules())
+    layer = layers.get(name.rpartition(".")[0])
+    rounded = name == policy.embedding or isinstance(layer, (nn.Linear, nn.Conv2d))
+    if rounded and not re.search(policy.float32_layers, name):
+        return torch.bfloat16
+    return torch.float32
+
+
 def load_tensors(policy, tensors):
-    """Load official weights, strictly: one error lists all tensors that are missing or wrong.
+    """Load the tensors of read_tensors, strictly: one error lists all that are missing or wrong.
 
     Returns the tensors of the value and noise heads of somebody's RL, if there are some.
     """
-    tensors = {policy.internal_key(key): value for key, value in tensors.items()}
     problems = Problems()
     for start, model in FOREIGN.items():
         found = list(starting(tensors, start))
@@ -1821,7 +1917,7 @@ def load_tensors(policy, tensors):
     state = starting(policy.state_dict(), HEADS)
     for key, value in tensors.items():
         if key not in heads:
-            state[key] = value.float()
+            state[key] = value
     try:
         policy.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -1952,18 +2048,30 @@ def official_tensors(policy):
 
 
 def save_policy(policy, folder):
-    """Write policy.json, official weights, heads, adapters, statistics and tokenizer."""
+    """Write policy.json, heads, statistics, tokenizer, and the official weights.
+
+    A policy with adapters becomes a PEFT folder instead, which names its base: the adapters, but
+    not the weights, which did not change.
+    """
     adapted = bool(lora_modules(policy))
+    if adapted and not policy.base["name"]:
+        raise ValueError(
+            "save: got adapters on weights that are in no checkpoint; need their base; try "
+            "policies.merge_lora(policy), or to save the policy before add_lora, and load that"
+        )
     files = policy.json_files()
-    files["policy.json"] = dict(settings=policy.settings, lora=adapted)
+    files["policy.json"] = dict(settings=policy.settings)
+    weights = dict(heads=starting(policy.state_dict(), HEADS))
+    if adapted:
+        files["policy.json"]["base"] = policy.base
+        save_lora(policy, folder, base=policy.base["name"])
+    else:
+        weights["model"] = official_tensors(policy)
     for name, content in files.items():
         write_json(folder / name, content)
-    heads = starting(policy.state_dict(), HEADS)
-    for name, tensors in dict(model=official_tensors(policy), heads=heads).items():
+    for name, tensors in weights.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    if adapted:
-        save_lora(policy, folder / "lora", base="..")
     if policy.tokenizer:
         policy.tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in policy.passed_on.items():
@@ -1971,7 +2079,7 @@ def save_policy(policy, folder):
 
 
 @torch.no_grad()
-def init_weights(policy, seed, only=""):
+def init_weights(policy, seed, only="", device="cpu", trainable=None):
     """Make real, random tensors of the parameters whose names start with `only`.
 
     Matrices ~ N(0, 1 / inputs), heads Kaiming, biases 0, norms 1. adaRMS is 0: the expert starts
@@ -1979,11 +2087,11 @@ def init_weights(policy, seed, only=""):
     theoretical value; position and token embeddings 1, like patch embeddings, so that they matter
     from the first step (Gemma rescales token embeddings itself).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     for key, meta in list(policy.named_parameters()):
         if not key.startswith(only):
             continue
-        p = nn.Parameter(torch.zeros(meta.shape))
+        p = torch.zeros(meta.shape, device=device)
         if meta.ndim > 1 and ".dense." not in key:
             std = meta[0].numel() ** -0.5
             if key.startswith(HEADS):
@@ -1994,6 +2102,7 @@ def init_weights(policy, seed, only=""):
             p.normal_(std=std, generator=generator)
         elif not key.endswith("bias") and not key.startswith(policy.zero_norms):
             p.fill_(0.0 if ".dense." in key else 1.0)
+        p = nn.Parameter(p.to(storage_dtype(policy, key, trainable)))
         module, _, name = key.rpartition(".")
         setattr(policy.get_submodule(module), name, p)
 
@@ -2017,8 +2126,24 @@ def find_folder(name):
         raise ValueError(f"policy {name}: got {error}; need {known}; try a local copy")
 
 
+def sample_hash(folder, names):
+    """Return a hash of the sizes of some files and of 64 samples of 1 MB of each."""
+    sha = hashlib.sha256()
+    for name in names:
+        if not (folder / name).is_file():
+            continue  # which check_files says
+        size = (folder / name).stat().st_size
+        sha.update(str(size).encode())
+        with (folder / name).open("rb") as file:
+            for start in range(0, size, max(1 << 20, size // 64)):
+                file.seek(start)
+                sha.update(file.read(1 << 20))
+    return sha.hexdigest()
+
+
 def find_base(name, base=None):
-    """Return the folder of the base model, and that of the adapters if name is one, or None.
+    """Return the folder of the base model, that of the adapters if name is one, or None, and
+    the name to give the base in a checkpoint: a hub id, a bundled name or an absolute path.
 
     base: where the base model is, if not where adapter_config.json says
     """
@@ -2028,20 +2153,27 @@ def find_base(name, base=None):
     if not file.exists():
         problems.need(not base, "base", base, f"none, as {folder} has no {file.name}", "without")
         problems.stop()
-        return folder, None
+        return folder, None, full_name(name)
     whole = weight_names(folder)
     problems.need(not whole, file, f"{whole} beside it", "one of them", "to move one away")
     problems.stop()
     if base:
-        return find_folder(base), folder
+        return find_folder(base), folder, full_name(base)
     base = str(read_json(file).get("base_model_name_or_path"))
+    if (folder / base).is_dir():
+        base = folder / base
     try:
-        return find_folder(folder / base if (folder / base).is_dir() else base), folder
+        return find_folder(base), folder, full_name(base)
     except ValueError as error:
         raise ValueError(
             f"{file}: got the base {base} ({error}); need the model it was trained on; "
             "try --load base=PATH"
         )
+
+
+def full_name(name):
+    """Return a name that means the same in every folder."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def find_adapter(folder, paths):
@@ -2085,7 +2217,7 @@ def load_policy(
 ):
     """Return a policy from a bundled name, a folder or a hub id; errors are ValueErrors.
 
-    dtype      "float32", or "bf16": autocast over float32 weights
+    dtype      "float32", or "bf16": autocast, and what is frozen is stored in bf16
     base       base model of a `name` that is a PEFT folder, if not where that says
     adapter    PEFT folder; a `name` that is one brings its base model along. Adapters train and
                the base is frozen; merge=True folds them into the weights
@@ -2101,12 +2233,13 @@ def load_policy(
     """
     if dtype not in ("float32", "bf16"):
         raise ValueError(f"dtype: got {dtype}; need float32 or bf16; try --dtype float32")
-    folder, own_adapter = find_base(name, base)
+    folder, own_adapter, base = find_base(name, base)
     adapter = find_adapter(folder, (adapter, own_adapter))
     folders = [adapter, folder] if adapter else [folder]
     config = read_json(first(folders, "config.json") or folder / "config.json")
     policy = build(config, **{**saved_settings(folders), **settings})
     weights = weight_names(folder)
+    policy.base = dict(name=base, sha256=sample_hash(folder, weights))
     problems = Problems()
     check_config(policy, folders, problems)
     check_files(policy, folder, weights, problems)
@@ -2115,23 +2248,23 @@ def load_policy(
     load_statistics(policy, folders, settings.get("unnorm_key"))
     load_tokenizer(policy, folders, tokenizer)
     note_inputs(policy)
-    heads = load_tensors(policy, read_tensors(folder, weights))
+    policy.bf16 = dtype == "bf16"
+    adapted = not merge and (adapter is not None or lora_rank > 0)
+    trainable = trainable_names(policy, freeze, adapted)
+    heads = load_tensors(policy, read_tensors(policy, folder, weights, device, trainable))
     init_weights(policy, seed, only=HEADS)
     file = first(folders, "heads.safetensors")
     take_heads(policy, read_safetensors(file) if file else heads)
     files = filter(None, [first(folders, name) for name in PASSED_ON])
     policy.passed_on = {file.name: file.read_bytes() for file in files}
-    policy.bf16 = dtype == "bf16"
     if adapter:
         load_lora(policy, adapter)
+    policy.to(device)
     if merge:
         merge_lora(policy)
     if lora_rank:
         add_lora(policy, lora_rank, seed)
-    set_trainable(policy, freeze)
-    for module in policy.modules():
-        module.checkpointing = gradient_checkpointing
-    return policy.to(device).eval()  # there is no dropout; OpenVLA crops
+    return prepare(policy, freeze, gradient_checkpointing).to(device)
 
 
 def saved_settings(folders):
@@ -2243,24 +2376,43 @@ def check_texts(policy, texts):
         warnings.warn(f"{count} prompts are cut off at {limit} tokens, such as {cut[0]!r}")
 
 
-def set_trainable(policy, freeze):
-    """Train the adapters, or else everything, minus what `freeze` names; the heads always."""
+def prepare(policy, freeze="none", gradient_checkpointing=False):
+    """Say what trains, and how; return the policy. See load_policy."""
+    trainable = trainable_names(policy, freeze, bool(lora_modules(policy)))
+    for name, p in policy.named_parameters():
+        p.requires_grad_(name in trainable)
+    set_checkpointing(policy, gradient_checkpointing)
+    return policy.eval()  # there is no dropout; OpenVLA crops
+
+
+def set_checkpointing(policy, on):
+    """Switch gradient checkpointing on or off, see recompute()."""
+    for module in policy.modules():
+        module.checkpointing = on
+
+
+def trainable_names(policy, freeze, adapted):
+    """Return the parameters that train: the adapters, which may still be missing, or else
+    everything, minus what `freeze` names; the heads always.
+    """
     frozen = dict(none=(), vision=policy.vision, vlm=policy.vlm)
     if freeze not in frozen:
         raise ValueError(f"freeze: got {freeze}; need one of {list(frozen)}; try --freeze vision")
-    adapted = bool(lora_modules(policy))
+    heads = set()
     trainable = set()
     for name, _ in policy.named_parameters():
-        trains = ".lora_" in name or not adapted
-        if trains and not name.startswith((*HEADS, *frozen[freeze])):
+        adapter = ".lora_" in name
+        if name.startswith(HEADS):
+            heads.add(name)
+        elif (adapter or not adapted) and not name.startswith(frozen[freeze]):
             trainable.add(name)
-    if not trainable:
+    nothing = not trainable and (not adapted or lora_modules(policy))
+    if nothing:
         raise ValueError(
             f"freeze: got {freeze}, which leaves {policy.kind} nothing to train but the heads; "
             "need more than that; try --freeze vision or none"
         )
-    for name, p in policy.named_parameters():
-        p.requires_grad_(name in trainable or name.startswith(HEADS))
+    return trainable | heads
 
 
 # ---- tiny policies -----------------------------------------------------------------------
@@ -2304,8 +2456,8 @@ TINY = dict(
 )
 
 
-def tiny_tokenizer(kind):
-    """Return a small tokenizer of the official structure.
+def tiny_tokenizer(kind, size=0):
+    """Return a small tokenizer of the official structure, filled up to `size` pieces.
 
     Special pieces come first, "▁" stands for a space, the fixed parts of a prompt are one piece
     each, then come common words, and single characters for all others. OpenVLA's last 256 pieces
@@ -2316,8 +2468,9 @@ def tiny_tokenizer(kind):
     pieces += [chr(i) for i in range(33, 127)]
     pieces = SPECIAL[kind] + list(dict.fromkeys(pieces))
     steps = [normalizers.Replace(" ", "▁")]
+    actions = [chr(0xE000 + i) for i in range(256)] if kind == "openvla" else []
+    pieces += [f"<unused{i}>" for i in range(size - len(pieces) - len(actions))] + actions
     if kind == "openvla":
-        pieces += [chr(0xE000 + i) for i in range(256)]
         # Llama starts with a space, Gemma does not.
         steps.insert(0, normalizers.Prepend("▁"))
     scored = [(piece, -1.0) for piece in pieces]
@@ -2334,41 +2487,196 @@ def make_tiny(name, seed=0, **settings):
     tokenizer = tiny_tokenizer(name)
     text = config.get("text_config", config)
     text["vocab_size"] = tokenizer.get_vocab_size() + config.get("pad_to_multiple_of", 0)
-    policy = build(config, **settings)
-    init_weights(policy, seed)
+    return randomised(build(config, **settings), tokenizer, seed)
+
+
+def make_official(name, device="cpu", dtype="float32", adapted=False, freeze="none", seed=0):
+    """Return a policy of the official size with random weights, for measuring.
+
+    adapted: whether adapters will train, so that all other weights are frozen; see load_policy.
+    """
+    config = dict(model_type="openvla", text_config=dict(vocab_size=32064))
+    if name == "pi05":
+        config = dict(type="pi05")
+    policy = build(config)
+    policy.bf16 = dtype == "bf16"
+    trainable = trainable_names(policy, freeze, adapted)
+    vocab = getattr(policy, "vocab", PI05["vocab_size"])
+    return randomised(policy, tiny_tokenizer(name, vocab), seed, device, trainable)
+
+
+def randomised(policy, tokenizer, seed, device="cpu", trainable=None):
+    """Give a policy on the meta device random weights, a tokenizer and made-up statistics."""
+    init_weights(policy, seed, device=device, trainable=trainable)
     policy.tokenizer = tokenizer
     reach = np.array([0.05] * 3 + [0.25] * 3 + [1.0])  # [m, rad, gripper]
     policy.set_statistics("placeholder", {"action": {"q01": -reach, "q99": reach}})
     return policy.eval()
 
 
-# ---- demo --------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------
+
+WORK = {  # what is measured: name -> expression
+    "act": "policy.act(**seen)",
+    "evaluate + backward": "policy.evaluate(**seen, trace=trace)[0].sum().backward()",
+    "bc_loss + backward": "policy.bc_loss(**seen, actions=actions).backward()",
+}
 
 
-def main(batch=64):
-    """Check the bundled policies, and print how large and how fast they are."""
-    torch.set_num_threads(1)
-    images = np.random.default_rng(0).integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)
-    texts = ["pick up the carrot", "open the drawer"] * (batch // 2)
-    for name in BUNDLED:
-        policy = load_policy(name)
-        check_policy(policy)
-        actions = torch.zeros(batch, policy.horizon, ACTION_DIM)
-        decision = policy.act(images, texts)
-        logp, _, _ = policy.evaluate(images, texts, decision.trace)
-        gap = (logp - decision.logp).abs().max().item()
-        print(f"{name}: {sum(p.numel() for p in policy.parameters()):,} parameters")
-        print(f"  log-probs of act and evaluate differ by {gap:.1e} at most")
-        seen = dict(
-            policy=policy, images=images, texts=texts, trace=decision.trace, actions=actions
+def names_of_work(policy, batch):
+    """Return the names that the expressions of WORK use: random inputs of a policy."""
+    size = (batch, policy.image_size, policy.image_size, 3)
+    images = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    texts = ["pick up the carrot", "open the drawer"] * batch
+    seen = dict(images=torch.from_numpy(images), instructions=texts[:batch])
+    trace = policy.act(**seen).trace
+    actions = torch.zeros(batch, policy.horizon, ACTION_DIM)
+    return dict(policy=policy, seen=seen, trace=trace, actions=actions)
+
+
+def best_seconds(work, names, repeat=4):
+    """Return the seconds that an expression takes, the best of some runs after one to warm up."""
+    wait = "; torch.cuda.synchronize()" if torch.cuda.is_available() else ""
+    timer = timeit.Timer(work + wait, globals=dict(names, torch=torch))
+    timer.timeit(1)
+    return min(timer.repeat(repeat, number=1))
+
+
+def matmul_limit(device, dtype):
+    """Return the operations per second of a large product of matrices."""
+    size = 8192 if device.type == "cuda" else 1024
+    number = torch.bfloat16 if dtype == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device).to(number)
+    return 2 * size**3 / best_seconds("a @ b", dict(a=a, b=b), repeat=20)
+
+
+def operations(work, names):
+    """Return how many operations the matrix products of an expression have."""
+    with FlopCounterMode(display=False) as counter:
+        eval(work, dict(names))
+    return counter.get_total_flops()
+
+
+def measure(policy, batch, limit, checkpointing=False):
+    """Yield (name, samples per second, share of the limit, peak memory [GB]) of all WORK.
+
+    The share counts the operations of the result, not what gradient checkpointing computes again.
+    The memory, of GPUs only, includes Adam's moments, as in training.
+    """
+    names = names_of_work(policy, batch)
+    few = names_of_work(policy, 2)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    moments = [torch.zeros_like(p) for p in trained + trained]
+    cuda = policy.device.type == "cuda"
+    for name, work in WORK.items():
+        set_checkpointing(policy, False)
+        each = operations(work, few) / 2
+        set_checkpointing(policy, checkpointing)
+        policy.zero_grad()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        speed = batch / best_seconds(work, names)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+        policy.zero_grad()
+        yield name, speed, speed * each / limit, peak
+    del moments
+
+
+def speed_of_llama(policy, batch, rank, checkpointing, length=296):
+    """Return how many times as fast OpenVLA's decoder trains as transformers' Llama.
+
+    Both have the same shape and adapters of that rank, and read the same embeddings.
+    """
+    from transformers import LlamaConfig
+    from transformers import LlamaModel
+
+    ours = policy.language_model.model
+    mlp = ours.layers[0].mlp.gate_proj
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=mlp.in_features,
+        intermediate_size=mlp.out_features,
+        num_hidden_layers=len(ours.layers),
+        num_attention_heads=mlp.in_features // ours.head_dim,
+        use_cache=False,
+    )
+    with policy.device:
+        theirs = LlamaModel(config).to(mlp.weight.dtype)
+    if rank:
+        theirs.requires_grad_(False)
+        add_lora(theirs, rank)
+        theirs.to(policy.device)
+    if checkpointing:
+        theirs.gradient_checkpointing_enable(dict(use_reentrant=False))
+        theirs.train()
+    x = torch.randn(batch, length, mlp.in_features, device=policy.device).to(mlp.weight.dtype)
+    positions = torch.arange(length, device=policy.device).expand(batch, -1)
+    mask = torch.ones(length, length, dtype=torch.bool, device=policy.device).tril()
+    names = dict(ours=ours, theirs=theirs, x=x, positions=positions)
+    names["mask"] = mask.expand(batch, 1, -1, -1)
+    seconds = []
+    for hidden in (
+        "theirs(inputs_embeds=x, position_ids=positions).last_hidden_state",
+        "ours(x, positions, mask)[0]",
+    ):
+        with policy.autocast():
+            seconds.append(best_seconds(hidden + ".float().sum().backward()", names))
+    policy.zero_grad()
+    return seconds[0] / seconds[1]
+
+
+def report(name, policy, args):
+    """Print a table of what a policy needs."""
+    limit = matmul_limit(args.device, args.dtype)
+    count = sum(p.numel() for p in policy.parameters()) / 1e6
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad) / 1e6
+    size = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9
+    print(f"{name}: {count:,.1f} M parameters, {trained:,.1f} M train, {size:.2f} GB")
+    print(f"one large matrix product: {limit / 1e12:.3g} TFLOP/s ({args.dtype})", flush=True)
+    for batch in args.batch:
+        for row in measure(policy, batch, limit, args.gradient_checkpointing):
+            work, speed, share, memory = row
+            print(
+                f"  batch {batch:3}  {work:20} {speed:8.1f} /s  {share:6.1%} of that  "
+                f"{memory:6.2f} GB",
+                flush=True,
+            )
+    if args.transformers and name == "openvla":
+        ratio = speed_of_llama(
+            policy, args.batch[-1], args.lora_rank, args.gradient_checkpointing
         )
-        for work in (
-            "policy.act(images, texts)",
-            "policy.evaluate(images, texts, trace)[0].sum().backward()",
-            "policy.bc_loss(images, texts, actions).backward()",
-        ):
-            seconds = min(timeit.repeat(work, globals=seen, number=1, repeat=4))
-            print(f"  {batch / seconds:5.0f} samples/s on one core: {work}")
+        print(f"  decoder, forward and backward: {ratio:.2f} x as fast as transformers' Llama")
+
+
+def main():
+    """Check the bundled policies, and measure policies of either size."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--size", default="tiny", choices=("tiny", "official"))
+    parser.add_argument("--policy", nargs="*", default=list(BUNDLED), choices=BUNDLED)
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bf16"))
+    parser.add_argument("--lora-rank", type=int, default=0)
+    parser.add_argument("--freeze", default="none", choices=("none", "vision", "vlm"))
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--batch", nargs="*", type=int, default=[64])
+    parser.add_argument("--transformers", action="store_true", help="compare with its Llama, too")
+    parser.add_argument("--save", help="only write a random policy to this folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    options = dict(dtype=args.dtype, freeze=args.freeze)
+    for name in args.policy:
+        if args.save:
+            make_official(name, args.device, args.dtype, adapted=True).save(args.save)
+            return
+        if args.size == "tiny":
+            check_policy(load_policy(name, args.device))
+            policy = load_policy(name, args.device, lora_rank=args.lora_rank, **options)
+        else:
+            policy = make_official(name, args.device, adapted=args.lora_rank > 0, **options)
+            if args.lora_rank:
+                add_lora(policy, args.lora_rank)
+            prepare(policy, args.freeze).to(args.device)
+        report(name, policy, args)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
 import pathlib
 import sys
 import tempfile
@@ -536,14 +537,17 @@ def gradient_angle(parameters, rl_gradients, lambda_real):
 def policy_inputs(policy, obs):
     """What act, evaluate and value take of an observation.
 
-    With a frozen vision tower the images are replaced by its features, which all epochs use again.
+    What a frozen part of the policy makes of the images takes their place, for all epochs: the
+    features of the vision tower, or the keys and values of the language model.
     """
-    images = torch.from_numpy(obs["images"])
-    if getattr(policy, "vision_frozen", False):
-        images = policy.encode_images(images.to(policy.device))
+    images = torch.from_numpy(obs["images"]).to(policy.device)
     inputs = dict(images=images, instructions=obs["instructions"])
     if policy.reads_state:
         inputs["state"] = torch.from_numpy(obs["state"])
+    if getattr(policy, "prefix_frozen", False):
+        inputs["images"] = policy.encode_prefix(**inputs)
+    elif getattr(policy, "vision_frozen", False):
+        inputs["images"] = policy.encode_images(images)
     return inputs
 
 
@@ -577,8 +581,19 @@ def join(parts):
         elif isinstance(first, list):
             joined[key] = list(itertools.chain.from_iterable(values))
         else:
-            joined[key] = torch.cat(values)
+            joined[key] = torch.cat(same_length(values))
     return joined
+
+
+def same_length(values):
+    """Pad tensors (n, P, ..) with zeros to the same P: prompts differ in length."""
+    lengths = {value.shape[1] for value in values if value.ndim > 1}
+    if len(lengths) < 2:
+        return values
+    longest = max(lengths)
+    return [
+        F.pad(value, [0, 0] * (value.ndim - 2) + [0, longest - value.shape[1]]) for value in values
+    ]
 
 
 def stack(steps, last_value):
@@ -745,6 +760,7 @@ def main_job(args):
         args.num_envs // world(),
         RL_SEED + args.seed,
         policy.image_size,
+        workers=env_workers(args.num_envs // world()),
         randomise=args.randomise,
         episode_stride=world(),
     )
@@ -858,6 +874,14 @@ def check_stage_one(problems, options):
         "the same flags",
         f"--init {out}/policy, or to remove that folder",
     )
+
+
+def env_workers(num_envs):
+    """Number of processes that simulate for a rank: on a GPU, its share of the CPU cores."""
+    if not torch.cuda.is_available():
+        return 1  # each core is a rank
+    cores = real_data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(n for n in range(1, max(1, cores) + 1) if num_envs % n == 0)
 
 
 def stage_one(options):

@@ -59,6 +59,7 @@ HELD_OUT_FRAMES = 512  # frames of the held-out episodes whose loss is logged
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 VALIDATE_EVERY = 100  # optimizer steps between held-out losses
 SAVE_EVERY = 500  # optimizer steps between versions of resume.pt
+BUCKET = 25_000_000  # numbers of a message between ranks
 
 # Defaults that depend on the policy. openvla: the warm-up of RL4VLA. pi05: openpi's co-training
 # configuration (its cosine is made for 30,000 steps). The tiny ones were tuned here: openvla-tiny
@@ -691,7 +692,7 @@ def start_of(policy):
     """What a resumed run must start from, too: the weights that do not train, as their sum, and
     the statistics."""
     frozen = [p for p in policy.parameters() if not p.requires_grad]
-    total = math.fsum(p.double().sum().item() for p in frozen)
+    total = math.fsum(p.sum(dtype=torch.float64).item() for p in frozen)
     return dict(frozen=total, statistics=json.dumps(getattr(policy, "statistics", None)))
 
 
@@ -763,10 +764,17 @@ def all_sum(tensor):
 
 
 def summed(tensors):
-    """Sums over ranks of a list of tensors, sent as one vector: faster than a message for each."""
-    flat = all_sum(torch.cat([x.flatten() for x in tensors]))
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view_as(x) for part, x in zip(parts, tensors)]
+    """Sums over ranks of a list of tensors, sent in buckets: faster than a message for each."""
+    sums = []
+    bucket = []
+    for x in tensors:
+        bucket.append(x)
+        if len(sums) + len(bucket) == len(tensors) or sum(x.numel() for x in bucket) > BUCKET:
+            flat = all_sum(torch.cat([x.flatten() for x in bucket]))
+            parts = flat.split([x.numel() for x in bucket])
+            sums += [part.view_as(x) for part, x in zip(parts, bucket)]
+            bucket = []
+    return sums
 
 
 def sum_gradients(parameters):
@@ -791,7 +799,10 @@ def this_device():
 def default_ranks(shared):
     """One rank per GPU or CPU core, but no more than divide what they share evenly."""
     most = torch.cuda.device_count() or real_data.cores()
-    return max(n for n in range(1, most + 1) if shared % n == 0)
+    ranks = max(n for n in range(1, most + 1) if shared % n == 0)
+    if ranks < most and "RANK" not in os.environ:
+        say(f"{ranks} ranks, not {most}, one for each GPU or core: they share {shared} evenly")
+    return ranks
 
 
 def run_script(job, parse):
