@@ -145,6 +145,9 @@ class Options:
         ("base", "data"),
     )
     dtype: str = flag(None, "arithmetic of the matrix products (preset)", ("float32", "bf16"))
+    fsdp: bool = flag(
+        False, "the ranks share weights, gradients and moments of a model that trains as a whole"
+    )
     eval_episodes: int = flag(100, "evaluation episodes per task and domain at the end; 0 = none")
     seed: int = flag(0, "seed of demonstrations, sampling and training")
     ranks: int = flag(0, "processes; 0 = one per GPU, or per CPU core")
@@ -223,7 +226,10 @@ def unpadded_steps(policy, batch):
 @torch.no_grad()
 def held_out_loss(policy, demos, micro_batch):
     """Mean L_SFT of HELD_OUT_FRAMES held-out frames: always the same ones and the same noise."""
-    frames = np.random.default_rng(0).permutation(len(demos))[:HELD_OUT_FRAMES][rank() :: world()]
+    frames = np.random.default_rng(0).permutation(len(demos))[:HELD_OUT_FRAMES]
+    if len(frames) > world():  # the same number on each rank
+        frames = frames[: len(frames) // world() * world()]
+    frames = frames[rank() :: world()]
     torch.manual_seed(rank())  # of the noise of flow matching
     # The sum of the losses, and the number of steps.
     totals = torch.zeros(2, dtype=torch.float64, device=policy.device)
@@ -247,16 +253,7 @@ def warm_start(options):
     """
     start = time.perf_counter()
     out = pathlib.Path(options.out)
-    policy = policies.load_policy(
-        options.policy,
-        this_device(),
-        options.dtype,
-        lora_rank=options.lora_rank,
-        freeze=options.freeze,
-        gradient_checkpointing=options.lora_rank > 0,
-        seed=options.seed,
-        **policies.parse_load(options.load),
-    )
+    policy = load_start(options)
     say_notes(options.policy, policy)
     if options.augment == "openvla" and policy.kind == "openvla" and options.steps:
         policy.settings["center_crop"] = True  # trained on random crops, used on the central one
@@ -266,6 +263,8 @@ def warm_start(options):
             "is rl_cotrain.py"
         )
         return None
+    if options.fsdp:
+        policy = whole_policy(policy, options)
     save_policy(policy, out)
     seconds = time.perf_counter() - start
     say(f"wrote {out}/policy after {seconds:.0f} s on {world()} ranks ({policy.device.type})")
@@ -279,6 +278,20 @@ def warm_start(options):
             result = dict(results=rows, seconds=seconds, ranks=world())
             policies.write_json(out / "result.json", result)
     return out / "policy"
+
+
+def load_start(options):
+    """Return the policy that Stage I starts from."""
+    return policies.load_policy(
+        options.policy,
+        this_device(),
+        options.dtype,
+        lora_rank=options.lora_rank,
+        freeze=options.freeze,
+        gradient_checkpointing=options.lora_rank > 0 or options.fsdp,
+        seed=options.seed,
+        **policies.parse_load(options.load),
+    )
 
 
 def train(policy, options):
@@ -299,6 +312,8 @@ def train(policy, options):
         rank(),
         world(),
     )
+    if options.fsdp:
+        share_weights(policy)
     trained = trainable(policy)
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(
@@ -309,9 +324,10 @@ def train(policy, options):
     start = start_of(policy)
     if options.resume:
         state = load_state(out / "resume.pt", vars(options), trained, **start)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         sampler.load_state_dict(state["sampler"])
-        average = state["average"]
+        if average is not None:
+            restore(average, state["average"])
         step = state["step"]
 
     def save():
@@ -341,8 +357,10 @@ def train(policy, options):
             for loss, parts in supervised_losses(policy, batch, options):
                 loss.backward()
                 totals += parts
-            sum_gradients(parameters)
+            if not options.fsdp:  # which sums them during backward()
+                sum_gradients(parameters)
             grad_norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
+            grad_norm = gathered(grad_norm)
             if finite.check(f"step {step}", grad_norm):
                 optimizer.step()
             optimizer.zero_grad()
@@ -645,6 +663,14 @@ def resolve_options(options, new):
         check_run_folder(problems, options)
     problems.stop()
     options.ranks = options.ranks or default_ranks(options.batch)
+    if options.fsdp:
+        whole = options.lora_rank == 0 and options.freeze == "none"
+        part = f"--lora-rank {options.lora_rank} --freeze {options.freeze}"
+        problems.need(whole, "--fsdp", part, "all weights to train", "without --fsdp")
+        even = options.ranks > 1 and options.batch % options.ranks == 0
+        got = f"--ranks {options.ranks} --batch {options.batch}"
+        problems.need(even, "--fsdp", got, "two ranks or more that divide the batch", "--ranks 2")
+        problems.stop()
     return options
 
 
@@ -721,6 +747,66 @@ class FiniteGuard:
 def random_seed(*key):
     """A seed from whole numbers (seed, step, rank, ..), so that no generator state can be lost."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+# -- FSDP: weights, gradients and Adam's moments in shares, one a rank
+
+
+def share_weights(policy):
+    """Let the ranks share a policy's weights; each block is put together while it computes.
+
+    Gradients are summed over ranks during the backward pass (FSDP2).
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    for module in list(policy.modules()):
+        if isinstance(module, nn.ModuleList):  # of transformer blocks
+            for block in module:
+                fully_shard(block)
+    fully_shard(policy)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # and not a mean over ranks
+            module.set_gradient_divide_factor(1.0)
+    register_fsdp_forward_method(policy, "bc_loss")
+
+
+def gathered(value):
+    """Put shares together, in dicts and lists of any depth, too. Every rank must call this."""
+    if isinstance(value, dict):
+        return {key: gathered(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [gathered(each) for each in value]
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def share_of(whole, like):
+    """Return this rank's share of a tensor, if `like` is a share: the inverse of gathered()."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def load_optimizer(optimizer, state):
+    """Load a state of an optimizer whose parameters may be shares."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            if value.shape == parameters[index].shape:
+                moments[name] = share_of(value, parameters[index])
+    optimizer.load_state_dict(state)
+
+
+def whole_policy(shared, options):
+    """Return a policy with whole weights on each rank, as trained in shares."""
+    policy = load_start(options)
+    for p, share in zip(policy.parameters(), shared.parameters()):
+        p.data.copy_(gathered(share))
+    policy.statistics = shared.statistics
+    policy.settings = shared.settings
+    return policy
 
 
 # -- ranks
@@ -976,9 +1062,10 @@ def write_args(args):
 
 def save_state(path, args, trained, **state):
     """Write all that changes while training, by rank 0, under a temporary name, then rename."""
+    weights = gathered({name: p.detach() for name, p in trained.items()})
+    state = gathered(state)
     if rank() > 0:
         return
-    weights = {name: p.detach() for name, p in trained.items()}
     with policies.replacing(path) as part, open(part, "wb") as file:
         torch.save(dict(state, args=args, weights=weights), file)
         file.flush()
@@ -1010,7 +1097,7 @@ def load_state(path, args, trained, **expected):
 def restore(trained, weights):
     """Copy weights {name: tensor} into the parameters of that name."""
     for name, p in trained.items():
-        p.copy_(weights[name])
+        p.copy_(share_of(weights[name], p))
 
 
 def save_policy(policy, out):

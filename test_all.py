@@ -4708,6 +4708,78 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, monkeypatch):
     assert all(torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-5) for key in one)
 
 
+STAGE_FSDP = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch, sft_warmstart, policies, test_all as stages
+from sft_warmstart import gathered, rank, world
+folder = sys.argv[3]
+options = stages.stage_options(folder + "/none", augment="none")
+with sft_warmstart.process_group():
+    batch = stages.stage_batch(policies.make_tiny("openvla"), [0, 1] * 4)
+    batch = {key: value[rank()::world()] for key, value in batch.items()}
+    found = []
+    for shared in (False, True)[:world()]:
+        policy = stages.policy_shaken("openvla")
+        if shared:
+            sft_warmstart.share_weights(policy)
+        for loss, _ in sft_warmstart.supervised_losses(policy, batch, options):
+            loss.backward()
+        if not shared:
+            sft_warmstart.sum_gradients(list(policy.parameters()))
+        gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        found.append(gathered(gradients))
+    if rank() == 0:
+        torch.save(found, f"{folder}/{world()}.pt")
+    if world() > 1:
+        common = dict(policy="pi05", ema=0.9, fsdp=True, ranks=2)
+        folders = [stages.stage_start("pi05"), stages.stage_demos()]
+        torch.distributed.broadcast_object_list(folders)
+        stages.stage_start, stages.stage_demos = lambda _: folders[0], lambda: folders[1]
+        never = sft_warmstart.Signals.received
+        after_two = iter([False, False, True])
+        for out, received in (("whole", never), ("parts", lambda _: next(after_two)),
+                              ("parts", never)):
+            sft_warmstart.Signals.received = received
+            resume = out == "parts" and received is never
+            options = stages.stage_options(f"{folder}/{out}", steps=4, resume=resume, **common)
+            sft_warmstart.warm_start(options)
+            sft_warmstart.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_gives_the_gradient_of_one_rank_and_resumes(tmp_path, monkeypatch):
+    """Two ranks with and without it; Stage I in shares ends in an ordinary checkpoint."""
+    script = tmp_path / "shares.py"
+    script.write_text(STAGE_FSDP)
+    command = [str(script), str(HERE), str(pathlib.Path(__file__).parent), str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(command[0])
+    launch = [sys.executable, "-m", "torch.distributed.run"]
+    launch += ["--standalone", "--nproc-per-node", "2"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    run = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ((one,), (plain, shared)) = [
+        torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (1, 2)
+    ]
+    for two in (plain, shared):
+        assert one.keys() == two.keys()
+        for name, gradient in one.items():
+            assert (gradient - two[name]).abs().max() <= 1e-6 * max(1, gradient.abs().max()), name
+    whole = policies.load_policy(str(tmp_path / "whole/policy"))
+    parts = policies.load_policy(str(tmp_path / "parts/policy"))
+    assert policy_same(whole, parts)
+    assert not policy_same(whole, policies.load_policy(str(stage_start("pi05"))))
+
+
+def test_fsdp_is_refused_where_it_cannot_help(tmp_path):
+    for changed in (dict(ranks=1), dict(ranks=3), dict(ranks=2, lora_rank=4)):
+        with pytest.raises(ValueError, match="--fsdp: got .*; need .*; try"):
+            stage_options(tmp_path / "run", fsdp=True, **changed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, number, status", [(2, signal.SIGINT, 130), (1, signal.SIGKILL, -signal.SIGKILL)]
