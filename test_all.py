@@ -1,8 +1,8 @@
 """Tests.
 
-    python -m pytest test_all.py                      # everything
-    python -m pytest -m "not slow" test_all.py        # two minutes' worth
-    KILLS=17 python -m pytest test_all.py -k killed   # each program is killed 17 times
+    python test_all.py                         # everything, on all CPU cores
+    python test_all.py -m "not slow"           # a minute's worth; all options of pytest
+    KILLS=17 python test_all.py -k killed      # each program is killed 17 times
 
 Formula -> test that compares it with an independent one
     alpha L(sim) + (1 - alpha) L(real)     test_stage_one_gradient_is_the_formula,
@@ -30,6 +30,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import hashlib
 import inspect
 import io
 import itertools
@@ -5425,7 +5426,7 @@ def test_flags_are_few_and_explained(script, monkeypatch, capsys):
 def test_the_continuous_integration_runs_the_command_of_the_readme():
     """.ci/run extracts the block under "## Tests": it must install and test."""
     block = (HERE / "README.md").read_text().split("## Tests")[1].split("```")[1]
-    assert "requirements.txt" in block and "pytest" in block and "test_all.py" in block
+    assert "requirements.txt" in block and "python test_all.py" in block
     assert "## Tests" in (HERE / ".ci/run").read_text()
 
 
@@ -5632,3 +5633,42 @@ for pretrain_method, pretrain_old, pretrain_new in [
 @pytest.mark.parametrize("mutant", MUTANTS, ids=mutant_name)
 def test_mutants_are_noticed(mutant, monkeypatch):
     run_mutant(mutant, monkeypatch)
+
+
+# ---- running them -------------------------------------------------------------------------------
+# Several processes of pytest share the tests: a process claims a test by a file of its name. For
+# them this file is a plugin of pytest, too; the next two functions are hooks.
+
+
+def pytest_collection_modifyitems(items):
+    """Put the slow tests first."""
+    if "DEAL" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_runtest_protocol(item):
+    """Leave out a test that another process has claimed."""
+    if "DEAL" not in os.environ:
+        return None
+    name = hashlib.sha256(item.nodeid.encode()).hexdigest()
+    try:
+        pathlib.Path(os.environ["DEAL"], name).touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return None
+
+
+def deal(options):
+    """Run the tests in a process on each CPU core; return the worst exit status."""
+    count = min(real_data.cores(), 8)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "test_all", "test_all.py", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", DEAL=folder)
+        processes = []
+        for _ in range(count):
+            processes.append(subprocess.Popen(command, env=environment, cwd=HERE))
+        return max(process.wait() for process in processes)
+
+
+if __name__ == "__main__":
+    sys.exit(deal(sys.argv[1:]))
