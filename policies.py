@@ -8,6 +8,7 @@
     policy.notes                                                 # what load_policy chose
 
     python policies.py                                           # the tiny ones on one core
+    python policies.py --size official --device cuda --dtype bf16 --lora-rank 32
 
 Images    (B, H, W, 3) uint8 RGB, or (B, N, H, W, 3) for N cameras of pi0.5. What
           policy.encode_images returns may stand for images: frozen vision runs once per image.
