@@ -234,7 +234,7 @@ class Policy(nn.Module):
         if key not in names:
             raise ValueError(
                 f"unnorm_key: got {key}; need one of {names}; try --load unnorm_key=NAME, or "
-                "--statistics data, which takes those of the demonstrations"
+                "sft_warmstart.py --statistics data, which takes those of the demonstrations"
             )
         return self.statistics[key]
 
@@ -242,8 +242,8 @@ class Policy(nn.Module):
         """Return q01 and q99, (n,) float64 each, of the "action" or the "state"."""
         if part not in self.stats:
             raise ValueError(
-                f"statistics: got {list(self.stats)}; need {part}; try --statistics data, or, if "
-                "it is the state, --load discrete_state=false"
+                f"statistics: got {list(self.stats)}; need {part}; try sft_warmstart.py "
+                "--statistics data or, if it is the state, --load discrete_state=false"
             )
         # openpi may pad them with zeros to the model's size, which load_policy makes sure of.
         size = ACTION_DIM if part == "action" else None
@@ -552,7 +552,7 @@ class OpenVLA(Policy):
         low, high = self.quantiles("action")
         mask = self.stats["action"].get("mask", [True] * ACTION_DIM)
         gripper = self.stats["action"].get("gripper_range", (0, 1))
-        return low, high, torch.tensor(mask, device=self.device), *gripper
+        return low, high, torch.tensor(mask, device=self.device).bool(), *gripper
 
     def unnormalize(self, values):
         """Map values (B, 7) to physical actions: 0.5 (v + 1) (q99 - q01) + q01 where mask."""
@@ -953,7 +953,7 @@ class Pi05(Policy):
         if state[:, size:].any() or (half[size:] > 1e-5).any():  # more than padding
             raise ValueError(
                 f"state: got {state.shape[1]} numbers; need {len(low)}, as in the statistics; "
-                "try --load discrete_state=false, or --statistics data"
+                "try --load discrete_state=false, or sft_warmstart.py --statistics data"
             )
         state = state[:, :size]
         low = low[:size]
@@ -1835,6 +1835,9 @@ def check_adapter(policy, adapter, folder, problems):
     config = read_json(adapter / "adapter_config.json")
     fields = {name: () for name in config if config[name] and name not in PEFT_UNUSED}
     fields.update(PEFT_FIELDS)
+    alpha = config.get("lora_alpha", 8)
+    fine = isinstance(alpha, (int, float))
+    problems.need(fine, "adapter_config.json", f"lora_alpha {alpha}", "a number", OTHER)
     check_fields(adapter / "adapter_config.json", config, fields, problems)
 
 
@@ -1957,8 +1960,9 @@ def range_fault(numbers, size=ACTION_DIM):
         count = len(low)
     except (TypeError, ValueError):
         return "q01 and q99 that are not two lists of equally many numbers"
-    if len(numbers.get("mask") or low) != count:
-        return f"{count} numbers, but a mask of {len(numbers['mask'])}"
+    mask = numbers.get("mask")
+    if mask is not None and (not isinstance(mask, list) or len(mask) != count):
+        return f"{count} numbers, but the mask {mask}"
     if not np.isfinite(high - low).all():
         return "numbers that are not finite"
     if (low > high).any():
@@ -1976,7 +1980,7 @@ def load_statistics(policy, folders, asked):
     for folder in folders:
         for file, stats in policy.read_statistics(folder).items():
             found[f"{file} in {folder}"] = stats
-            names += stats
+            names += [name for name in stats if name not in names]
     problems = Problems()
     known = asked in (None, "none", *names)
     problems.need(known, "unnorm_key", asked, f"one of {names}", "--load unnorm_key=NAME")
@@ -1984,7 +1988,9 @@ def load_statistics(policy, folders, asked):
     files = [file for file, stats in found.items() if asked in (None, *stats) and stats]
     if not files:
         policy.settings["unnorm_key"] = None
-        policy.notes.append("statistics: none; --statistics data takes the demonstrations'")
+        policy.notes.append(
+            "statistics: none; sft_warmstart.py --statistics data takes the demonstrations'"
+        )
         return
     policy.statistics = found[files[0]]
     if policy.settings["unnorm_key"] not in policy.statistics:
@@ -2001,7 +2007,7 @@ def load_statistics(policy, folders, asked):
             f"statistics {name}, {files[0]}",
             fault,
             "7 end-effector deltas with q01 <= q99",
-            f"--load unnorm_key=NAME of {names}, or none with --statistics data",
+            f"--load unnorm_key=NAME of {names}, or Stage I with --statistics data",
         )
     if len(problems) == len(chosen):
         problems.stop()

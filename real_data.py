@@ -620,6 +620,7 @@ def doubts(recording):
     problems = Problems()
     if as_is not in recording.conversions and recording.actions.shape[1] == len(ACTION_NAMES):
         doubt_units(recording, problems)
+        doubt_poses(recording, problems)
         doubt_gripper_sign(recording, problems)
         doubt_times(recording, problems)
     return problems
@@ -657,6 +658,22 @@ def doubt_units(recording, problems):
     need = f"deltas in radians, up to {turn:.3g} a step ({MAX_TURN_SPEED:g} rad/s)"
     doubt("turns", turns, np.abs(turns) > turn, need, units)
     doubt("gripper", grip, odd_grip, "-1 close .. +1 open", gripper)
+
+
+def doubt_poses(recording, problems):
+    """Note actions that say where the tool is to be, states[:3], instead of how far to move."""
+    moves = recording.actions[:, :3]
+    places = recording.states[:, :3]
+    if places.shape[1] < 3:
+        return
+    size = np.median(np.linalg.norm(moves, axis=1))                 # m
+    gap = np.median(np.linalg.norm(moves - places, axis=1))         # m
+    if size > 0.05 and gap < size / 4:
+        problems.append(
+            f"{recording.folder}: moves: got about {size:.3g} m, and {gap:.3g} m from the place of "
+            "the tool, states[:3]; need deltas; try --convert with absolute-poses, or as-is if the "
+            "data are right"
+        )
 
 
 def doubt_gripper_sign(recording, problems):

@@ -34,13 +34,11 @@ critic; then the main job around it.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
 import pathlib
 import sys
-import tempfile
 import time
 
 import envs  # first: it chooses the OpenGL backend before mujoco is imported
@@ -886,11 +884,8 @@ def env_workers(num_envs):
 
 def stage_one(options):
     """Folder of Stage I's policy, trained now if it is missing; None if a signal stopped that."""
-    from filelock import FileLock  # comes with huggingface_hub
-
     out = pathlib.Path(options.out)
-    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(pathlib.Path(tempfile.gettempdir(), f"stage-one-{name}.lock"))
+    lock = sft_warmstart.run_lock(out)
     if rank() == 0:
         lock.acquire()  # a second run with the same Stage I waits, then finds it here
     sft_warmstart.barrier()

@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -40,14 +41,17 @@ import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 
 import envs  # first: it chooses the OpenGL backend before mujoco is imported
+import filelock  # comes with huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -901,8 +905,32 @@ def run_script(job, parse):
         args = parse(sys.argv[1:])
         if args.ranks > 1 and "RANK" not in os.environ:
             sys.exit(start_ranks(args.ranks))
-        with process_group():
+        with process_group(), only_run(args.out):
             sys.exit(0 if job(args) else 130)
+
+
+@contextlib.contextmanager
+def only_run(out):
+    """Hold a run's folder; ValueError if another process holds it."""
+    lock = run_lock(out)
+    try:
+        if rank() == 0:
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            f"--out: got {out}, to which a running process writes; need a folder of its own; try "
+            "another --out, or to wait"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_lock(out):
+    """Return the lock of a run's folder, which lies elsewhere: it may not be there yet."""
+    name = hashlib.sha256(str(pathlib.Path(out).resolve()).encode()).hexdigest()[:16]
+    return filelock.FileLock(pathlib.Path(tempfile.gettempdir(), f"rlco-{name}.lock"))
 
 
 def start_ranks(count):
@@ -1066,10 +1094,22 @@ def save_state(path, args, trained, **state):
     state = gathered(state)
     if rank() > 0:
         return
-    with policies.replacing(path) as part, open(part, "wb") as file:
+    with room_for(path), policies.replacing(path) as part, open(part, "wb") as file:
         torch.save(dict(state, args=args, weights=weights), file)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def room_for(path):
+    """Say in our words what torch and safetensors say in theirs if a file cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"{path}: got {error}; need room on the disk, and the right to write; try to free "
+            "some, then --resume; the last whole version is still there"
+        ) from error
 
 
 def load_state(path, args, trained, **expected):
@@ -1108,7 +1148,8 @@ def save_policy(policy, out):
     old = out / "policy.old"
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    policy.save(part)
+    with room_for(part):
+        policy.save(part)
     if (out / "policy").exists():
         os.replace(out / "policy", old)
     os.replace(part, out / "policy")

@@ -3310,6 +3310,20 @@ def test_a_flipped_gripper_is_told_by_its_opening(tmp_path):
         data_open(tmp_path / "wrong")
 
 
+def test_poses_are_told_by_the_place_of_the_tool(tmp_path):
+    """At 2 Hz poses within half a metre would pass for fast deltas."""
+    images, states, actions, text, scene = data_episode(0, 24)
+    states[:, :3] = np.linspace([0.3, -0.1, 0.1], [0.45, 0.1, 0.2], 24)       # m
+    actions[:, :3] = np.roll(states[:, :3], -1, axis=0)
+    real_data.write_dataset(tmp_path / "poses", [(images, states, actions, text, scene)], 2)
+    with pytest.raises(ValueError, match="m from the place of the tool.*absolute-poses"):
+        data_open(tmp_path / "poses")
+    data_open(tmp_path / "poses", convert="as-is")
+    actions[:, :3] -= states[:, :3]
+    real_data.write_dataset(tmp_path / "deltas", [(images, states, actions, text, scene)], 2)
+    data_open(tmp_path / "deltas")
+
+
 def test_cache_is_used_again(tmp_path, monkeypatch):
     data_v21(tmp_path / "set")
     first = data_all(data_open(tmp_path / "set", 8))["images"]
@@ -3819,6 +3833,9 @@ def test_the_base_of_an_adapter_can_be_given(tmp_path):
     for moved in ("/moved/away", None):
         fault_json(folder / "adapter_config.json", base_model_name_or_path=moved)
         fault_named(folder, str(moved), "--load base=PATH")
+    fault_json(folder / "adapter_config.json", lora_alpha=None)
+    fault_named(folder, "lora_alpha None", base="openvla")
+    fault_json(folder / "adapter_config.json", lora_alpha=2)
     options = policies.parse_load([f"base={policies.BUNDLED['openvla']}"])
     assert policies.lora_modules(policies.load_policy(folder, **options))
     fault_named("openvla", "base: got", base="pi05")
@@ -4102,7 +4119,8 @@ STATISTICS_FAULTS = [
     (dict(q01=[float("nan")] * 7, q99=[1.0] * 7), "not finite"),
     (dict(mean=[0.0] * 7, std=[1.0] * 7), "no q01 and q99"),
     (dict(q01=[0.0] * 7, q99=[1.0] * 8), "equally many numbers"),
-    (dict(fault_range(), mask=[True]), "a mask of 1"),
+    (dict(fault_range(), mask=[True]), "the mask [True]"),
+    (dict(fault_range(), mask=1), "the mask 1"),
 ]
 
 
@@ -4139,6 +4157,12 @@ def test_one_of_several_data_sets_is_chosen(tmp_path, name):
     assert policy.act(*fault_seen()).actions.shape[2] == 7
     policy = policies.load_policy(folder)
     assert not policy.has_statistics() and "none chosen yet" in "\n".join(policy.notes)
+    if name == "openvla":  # the same data sets in both files: each name is listed once
+        stats = json.loads((folder / "config.json").read_text())["norm_stats"]
+        policies.write_json(folder / "dataset_statistics.json", stats)
+        with pytest.raises(ValueError, match=r"one of \['arms', 'hand'\]"):
+            policies.load_policy(folder, unnorm_key="legs")
+        (folder / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="'hand'.*--load unnorm_key=NAME"):
         policy.act(*fault_seen())
     fault_statistics(folder, name, arms=fault_range(14), legs=fault_range(12))
@@ -4613,6 +4637,38 @@ def test_resume_refuses_what_changed_under_the_same_name(tmp_path, change, stage
         file.write_text(file.read_text().replace("0.04", "0.05"))
     with pytest.raises(ValueError, match="resume: got"):
         run(True)
+
+
+def test_a_full_disk_is_said_in_our_words_and_keeps_the_last_version(tmp_path):
+    """torch and safetensors have words of their own for it."""
+    policy = policies.make_tiny("openvla")
+    trained = sft_warmstart.trainable(policy)
+    sft_warmstart.save_state(tmp_path / "resume.pt", {}, dict(list(trained.items())[:1]), step=1)
+    sft_warmstart.save_policy(policy, tmp_path)
+    before = evaluate_traces(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="resume.pt: got .*; need room on the disk.*; try "):
+            sft_warmstart.save_state(tmp_path / "resume.pt", {}, trained, step=2)
+        with pytest.raises(OSError, match="policy.part: got .*; need room on the disk.*; try "):
+            sft_warmstart.save_policy(policy, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    shutil.rmtree(tmp_path / "policy.part")  # the next version takes its place
+    assert evaluate_traces(tmp_path) == before
+
+
+def test_a_folder_that_a_running_process_holds_is_refused(tmp_path, monkeypatch, capsys):
+    lock = sft_warmstart.run_lock(tmp_path / "out")
+    flags = f"--policy {stage_start('openvla')} --steps 0 --eval-episodes 0 --ranks 1"
+    monkeypatch.setattr(sys, "argv", ["x.py", *flags.split(), "--out", str(tmp_path / "out")])
+    for status in (1, 0):
+        with lock if status else contextlib.nullcontext(), pytest.raises(SystemExit) as stop:
+            sft_warmstart.run_script(sft_warmstart.warm_start, sft_warmstart.parse)
+        said = "out, to which a running process writes; need a folder of its own; try "
+        assert stop.value.code == status and (said in capsys.readouterr().err) == bool(status)
+        assert (tmp_path / "out").exists() == (not status)
 
 
 def test_resume_refuses_another_stage_one(tmp_path):
