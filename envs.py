@@ -79,8 +79,8 @@ from mujoco.batch import Batch
 from mujoco.batch import SimulationError
 
 DOMAINS = ("sim", "real", "pretrain")
-VARIANTS = ("seen", "unseen-objects", "unseen-states")
-RANDOMISE = ("visual", "dynamics")
+VARIANTS = ("seen", "unseen-objects", "unseen-states", "whole-table")
+RANDOMISE = ("places", "visual", "dynamics")
 
 # ---- constants -----------------------------------------------------------------------------
 CONTROL_HZ = 5                 # control steps a second
@@ -97,7 +97,9 @@ LOOK_AT = np.array([.45, -.045, .08])  # m
 FINGER_OPEN = .04              # m a finger
 FINGER_CLOSED = -.01           # m; a negative set-point squeezes thin objects
 OPEN, CLOSE = 1, -1            # the gripper's action
-UNSEEN_BAND = .04              # m, width of the band around a box where `unseen-states` starts
+# m, width of the band around the demonstrated box of starts. `unseen-states` starts in the band,
+# `whole-table`, and practice with randomised places, in both.
+UNSEEN_BAND = .04
 REWARD_TOUCH = .2              # once an episode, at the first touch or grasp
 REWARD_SUCCESS = 1.            # at success, which ends the episode
 FREE = 9                       # qpos[:7] is the arm, [7:9] the fingers, [FREE:] is the task's
@@ -577,7 +579,9 @@ PARAMETERS = VISUAL | DYNAMICS | OBJECTS
 # randomise="visual" draws the appearance as `pretrain` does, and objects of any colour. But its
 # camera stays as near to the twin's as careful measuring brings it: the cameras of `pretrain` are
 # too different for a policy that Stage I has trained on the twin's.
-RANDOMISED = dict(visual=[*VISUAL, "colour", "dish", "cabinet"], dynamics=[*DYNAMICS])
+# "places" is no matter of distributions, see VecEnv.start_xy().
+RANDOMISED = dict(
+    places=[], visual=[*VISUAL, "colour", "dish", "cabinet"], dynamics=[*DYNAMICS])
 NEAR_CAMERA = dict(
     azimuth=Uniform(16., 28.), elevation=Uniform(33., 45.), fovy=Uniform(27., 32.),
     distance=Uniform(.84, .96), shift=Uniform(-.02, .02))
@@ -754,8 +758,9 @@ class VecEnv:
     seed            which sequence of episodes
     image_size      pixels (H = W), 8 to 512; 0 = no images and no OpenGL
     variant         "unseen-objects": held-out shapes and colours; "unseen-states": held-out starts;
-                    neither exists in `pretrain`
-    randomise       which of RANDOMISE are drawn as in `pretrain`, but for the camera (NEAR_CAMERA)
+                    "whole-table": all starts; none of them exists in `pretrain`
+    randomise       which of RANDOMISE are drawn: places as in "whole-table", the others as in
+                    `pretrain`, but for the camera (NEAR_CAMERA)
     first_episode, episode_stride, group
                     environment i starts with episode first_episode + (i // group) * episode_stride;
                     the `group` environments that share it share the later ones, too (for GRPO)
@@ -776,7 +781,8 @@ class VecEnv:
         self.group = group
         self.worker = worker
         self.auto_reset = auto_reset
-        self.unseen_states = variant == "unseen-states"
+        self.inside = variant != "unseen-states"             # starts in the demonstrated box, and
+        self.outside = variant in ("unseen-states", "whole-table") or "places" in randomise
         self.distributions = distributions(domain, variant, randomise)
         self.tasks = list(TASKS) if task == "all" else [task]
         self.known_tasks = np.array(list(TASKS))
@@ -846,7 +852,7 @@ class VecEnv:
         for i in ids:
             self.arrange(i)
         sampled = self.sampled[ids]
-        reach = UNSEEN_BAND if self.unseen_states else 0.
+        reach = UNSEEN_BAND if self.outside else 0.
         start_joints = np.array([one.start_joints * one.arm[:7] for one in sampled])  # rad
         start_tcp = np.array([(one.start_tcp + reach) * one.arm[7:] for one in sampled])  # m
         tcp, frame, _ = forward_kinematics(HOME + start_joints)
@@ -900,13 +906,13 @@ class VecEnv:
         task.place(self, scene, i, layout)
 
     def start_xy(self, rng, box):
-        """Draw a start (2,) [m] from a box [low, high], or from the band around it (unseen)."""
+        """Draw a start (2,) [m] from a box [low, high], from the band around it, or from both."""
         low, high = box
-        if not self.unseen_states:
+        if not self.outside:
             return rng.uniform(low, high)
         while True:
             xy = rng.uniform(low - UNSEEN_BAND, high + UNSEEN_BAND)
-            if (xy < low).any() or (xy > high).any():
+            if self.inside or (xy < low).any() or (xy > high).any():
                 return xy
 
     def step(self, actions):

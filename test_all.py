@@ -2378,9 +2378,37 @@ def test_experts_succeed(task, domain):
         return
     assert envs.run_expert(env, 25, "teleop")[0].mean() >= .85
     if domain == "real":
-        for variant in ("unseen-objects", "unseen-states"):
+        for variant in ("unseen-objects", "unseen-states", "whole-table"):
             held_out = envs.make_env(task, domain, 25, image_size=0, variant=variant)
             assert envs.run_expert(held_out, 25)[0].mean() >= .9
+
+
+@pytest.mark.parametrize("task", ["pick-place", "open-drawer"])
+def test_the_whole_table_is_the_demonstrated_places_and_those_around(task, monkeypatch):
+    """Practice with randomised places starts where `whole-table` starts."""
+    drawn = []
+    honest = envs.VecEnv.start_xy
+
+    def start_xy(env, rng, box):
+        xy = honest(env, rng, box)
+        low, high = box
+        assert (xy >= low - envs.UNSEEN_BAND).all() and (xy <= high + envs.UNSEEN_BAND).all()
+        drawn.append(bool((xy >= low).all() and (xy <= high).all()))
+        return xy
+
+    monkeypatch.setattr(envs.VecEnv, "start_xy", start_xy)
+    inside = {}
+    for variant in ("seen", "unseen-states", "whole-table"):
+        env = env_make(task, num_envs=20, variant=variant)
+        inside[variant] = np.mean(drawn)
+        drawn.clear()
+    assert inside["seen"] == 1 and inside["unseen-states"] == 0
+    assert 0.05 < inside["whole-table"] < 0.95
+    practice = env_make(task, num_envs=20, randomise=["places"])
+    everyone = np.arange(20)
+    assert env_same(practice.observe(everyone), env.observe(everyone))
+    with pytest.raises(ValueError, match="variant"):
+        env_make(task, "pretrain", variant="whole-table")
 
 
 def check_env_same_episode():
