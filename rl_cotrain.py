@@ -17,7 +17,8 @@ Cases     --lambda-real 0    plain RL in simulation; the real data set is never 
           --init base        no Stage I;  --init FOLDER  the policy in FOLDER instead
           --sim-ratio 0      Stage I on real demonstrations only
 Ranks     each has its own environments and its share of every minibatch and real batch; gradients
-          are summed. See sft_warmstart.py for ranks, --resume and OUT.
+          are summed. On a GPU, processes on the rank's share of the CPU cores simulate for it.
+          See sft_warmstart.py for ranks, --resume and OUT.
 
 Departures from the authors' code (RLinf):
  1. The real batch per optimizer step is a flag and does not depend on the number of ranks.

@@ -18,6 +18,7 @@ Cases    --sim-ratio 0 trains on real demonstrations only, 1 on simulated ones o
 Ranks    Plain `python` starts one process per GPU, or per CPU core, under torch.distributed.run;
          torchrun works, too. Each rank draws its share of the global batch and gradients are
          summed: the number of ranks changes no sample. CUDA_VISIBLE_DEVICES= (empty): no GPU.
+         With --fsdp they share weights, gradients and Adam's moments, too; LoRA needs no such help.
 Resume   --resume goes on from OUT/resume.pt, bit for bit on one CPU rank: the random numbers of a
          step are a function of (seed, step, rank). Ctrl-C saves, then ends; with several ranks,
          torch.distributed.run allows 30 s for that.
