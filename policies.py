@@ -86,7 +86,8 @@ class VLA(Protocol):
     """What both stages and evaluation need of a policy; check_policy tries it on your class.
 
     It is an nn.Module. Parameters named "value_head..." get the value head's learning rate. It
-    may also have encode_images (then features are cached while vision_frozen) and save.
+    may also have save, encode_images, whose features are kept while vision_frozen, and
+    encode_prefix, whose result is kept while prefix_frozen.
     """
 
     device: torch.device
