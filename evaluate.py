@@ -760,8 +760,9 @@ def begin_worker(begun):
 # A process keeps one policy at a time: it works through one checkpoint after another.
 @functools.lru_cache(maxsize=1)
 def load(checkpoint, device, dtype, *pairs):
-    """Load a policy. pairs: of --load."""
-    return policies.load_policy(checkpoint, device, dtype, **policies.parse_load(pairs))
+    """Load a policy, to act only. pairs: of --load."""
+    options = policies.parse_load(pairs)
+    return policies.load_policy(checkpoint, device, dtype, freeze="all", **options)
 
 
 def check_ready(policy, tasks):

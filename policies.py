@@ -2230,7 +2230,8 @@ def load_policy(
     adapter    PEFT folder; a `name` that is one brings its base model along. Adapters train and
                the base is frozen; merge=True folds them into the weights
     lora_rank  > 0: fresh adapters, unless the checkpoint has some
-    freeze     "none", "vision" (features may be cached), "vlm" (only expert and heads train)
+    freeze     "none", "vision" (features may be cached), "vlm" (only expert and heads train),
+               "all" (for acting: with bf16 it takes half the memory)
     tokenizer  path of a tokenizer.json, for checkpoints that come without one
     seed       of the heads, where the checkpoint has none, and of fresh adapters
     settings   see OpenVLA and Pi05; those saved with the policy are the defaults. unnorm_key
@@ -2403,7 +2404,7 @@ def trainable_names(policy, freeze, adapted):
     """Return the parameters that train: the adapters, which may still be missing, or else
     everything, minus what `freeze` names; the heads always.
     """
-    frozen = dict(none=(), vision=policy.vision, vlm=policy.vlm)
+    frozen = dict(none=(), vision=policy.vision, vlm=policy.vlm, all=("",))
     if freeze not in frozen:
         raise ValueError(f"freeze: got {freeze}; need one of {list(frozen)}; try --freeze vision")
     heads = set()
@@ -2415,7 +2416,7 @@ def trainable_names(policy, freeze, adapted):
         elif (adapter or not adapted) and not name.startswith(frozen[freeze]):
             trainable.add(name)
     nothing = not trainable and (not adapted or lora_modules(policy))
-    if nothing:
+    if nothing and freeze != "all":
         raise ValueError(
             f"freeze: got {freeze}, which leaves {policy.kind} nothing to train but the heads; "
             "need more than that; try --freeze vision or none"

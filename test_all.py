@@ -2754,6 +2754,9 @@ def test_frozen_weights_are_stored_in_bf16():
     v, _ = policy.velocity(x[:, None], inputs["time"][:, None], kv, valid)
     assert policy_relative(v[:, 0], ref["v_t"]) < 2 * policy_relative(ref["v_t_bf16"], ref["v_t"])
     assert policy.gemma_expert.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    policy = evaluate.load("pi05", "cpu", "bf16")  # to act only: everything is stored so
+    assert policy.gemma_expert.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in policy.gemma_expert.parameters())
 
 
 @pytest.mark.parametrize("name, adapted, freeze, gigabytes", [
