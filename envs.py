@@ -717,8 +717,11 @@ def check_actions(actions, n):
 def make_env(task, domain="sim", num_envs=1, seed=0, image_size=64, workers=1, **options):
     """Return the environments of a task in TASKS, or of "all": the one place that makes them.
 
-    They run in this process, or in more than one worker process.
+    They run in this process, or in up to `workers` processes, as many as divide them evenly.
     """
+    group = options.get("group", 1)
+    while workers > 1 and group > 0 and num_envs % (workers * group):
+        workers -= 1
     if workers <= 1:
         return VecEnv(task, domain, num_envs, seed, image_size, **options)
     return ParallelEnv(task, domain, num_envs, seed, image_size, workers, **options)

@@ -713,11 +713,11 @@ def show_warning(message, *place, **options):
 # ---- processes ----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def worker_processes(count):
+def worker_processes(count, device="cpu"):
     """Yield a pool of processes; none of them survives this one, however it ends."""
     spawn = multiprocessing.get_context("spawn")
     begun = spawn.Value("i", 0)             # processes so far
-    pool = ProcessPoolExecutor(count, spawn, initializer=begin_worker, initargs=(begun,))
+    pool = ProcessPoolExecutor(count, spawn, initializer=begin_worker, initargs=(begun, device))
     # The processes inherit that signals are blocked: this one handles them, and ends the others.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for _ in range(count):
@@ -735,15 +735,15 @@ def worker_processes(count):
         pool.shutdown(cancel_futures=True)
 
 
-def begin_worker(begun):
+def begin_worker(begun, device):
     """Prepare a process of the pool; it ends with its parent, even if that is killed.
 
-    begun: how many there are already; they use the GPUs in turn.
+    begun: how many there are already; with the device "cuda" they use the GPUs in turn.
     """
     with begun.get_lock():
         number = begun.value
         begun.value += 1
-    if torch.cuda.is_available():
+    if device == "cuda":
         gpu = number % torch.cuda.device_count()
         torch.cuda.set_device(gpu)
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(gpu))     # it renders there, too
@@ -820,7 +820,7 @@ def run(args):
             done[Cell(**line["cell"]), line["block"]] = line["episodes"]
     missing = [job for job in itertools.product(cells, blocks) if job not in done]
     if missing:
-        with worker_processes(min(args.workers, len(missing))) as pool:
+        with worker_processes(min(args.workers, len(missing)), args.device) as pool:
             announce(pool, args)            # all that can be refused is refused up to here
             claim(args)
             with resumable(args), Progress(total=len(cells) * args.episodes) as bar:

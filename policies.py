@@ -27,8 +27,9 @@ Official and tiny checkpoints run through the same code. Departures from the ref
  2. One decoder serves Llama, Gemma and the action expert. It has no RoPE buffer to round.
  3. pi0.5 trains and samples by the same two passes, prefix and expert, with equal gradients.
  4. pi0.5's critic averages valid prefix tokens only; the reference averages padding, too.
- 5. "bf16" is autocast over what trains, which stays float32. What is frozen is stored in bf16,
-    as autocast would round it. Logits, heads, time, norms and RoPE are computed in float32.
+ 5. "bf16" is autocast over what trains, which stays float32. What is frozen is stored in bf16:
+    layers as autocast would round them, and the embedding, whose sums are then bf16, too, as in
+    the official model. Logits, heads, time, norms and RoPE are computed in float32.
 """
 
 import argparse
@@ -1566,7 +1567,7 @@ def add_lora(policy, rank, seed=0):
     if ranks and ranks != {rank}:
         raise ValueError(
             f"lora_rank: got {rank}; need {ranks}, as saved; try --lora-rank with that, or "
-            "--load merge=true"
+            "--lora-rank 0 --load merge=true"
         )
     if ranks:
         return
@@ -1580,6 +1581,7 @@ def add_lora(policy, rank, seed=0):
 @torch.no_grad()
 def merge_lora(policy):
     """Fold the adapters into the weights, W += (alpha / r) B A, and remove them."""
+    policy.base = dict(name="", sha256="")  # these weights are in no checkpoint
     for layer in lora_modules(policy).values():
         delta = layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)
         layer.weight.copy_(layer.weight.float() + layer.lora_scale * delta.view_as(layer.weight))
@@ -1883,8 +1885,8 @@ def read_tensors(policy, folder, names, device="cpu", trainable=None):
 def storage_dtype(policy, name, trainable):
     """Return the type in which a weight is stored.
 
-    That is float32, but with bf16 for what is not `trainable`, provided that autocast would round
-    it to bf16 wherever it is used. trainable: names, or None for all.
+    That is float32, but with bf16 for what is not `trainable`, provided that it is an embedding,
+    or that autocast would round it wherever it is used. trainable: names, or None for all.
     """
     if name == "lm_head.weight" and policy.tied_embedding:  # another name of the embedding
         name = policy.embedding
@@ -2181,6 +2183,8 @@ def find_base(name, base=None):
 
 def full_name(name):
     """Return a name that means the same in every folder."""
+    if name in BUNDLED:
+        return name
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
@@ -2192,7 +2196,7 @@ def find_adapter(folder, paths):
     if len(set(found)) > 1:
         raise ValueError(
             f"adapters: got {[str(path) for path in found]}; need one; try to merge one first, "
-            "with sft_warmstart.py --steps 0 --load merge=true"
+            "with sft_warmstart.py --steps 0 --lora-rank 0 --load merge=true"
         )
     return found[0] if found else None
 
@@ -2258,6 +2262,12 @@ def load_policy(
     load_tokenizer(policy, folders, tokenizer)
     note_inputs(policy)
     policy.bf16 = dtype == "bf16"
+    if adapter and merge and lora_rank:
+        raise ValueError(
+            f"merge, lora_rank: got true and {lora_rank}; need one: new adapters need a base that "
+            "is in a checkpoint; try sft_warmstart.py --steps 0 --lora-rank 0 --load merge=true, "
+            "then train what that saves"
+        )
     adapted = not merge and (adapter is not None or lora_rank > 0)
     trainable = trainable_names(policy, freeze, adapted)
     heads = load_tensors(policy, read_tensors(policy, folder, weights, device, trainable))

@@ -759,7 +759,7 @@ def main_job(args):
         args.num_envs // world(),
         RL_SEED + args.seed,
         policy.image_size,
-        workers=env_workers(args.num_envs // world()),
+        workers=env_workers(),
         randomise=args.randomise,
         episode_stride=world(),
     )
@@ -875,12 +875,11 @@ def check_stage_one(problems, options):
     )
 
 
-def env_workers(num_envs):
-    """Number of processes that simulate for a rank: on a GPU, its share of the CPU cores."""
+def env_workers():
+    """Most processes that simulate for a rank: on a GPU, its share of the CPU cores."""
     if not torch.cuda.is_available():
         return 1  # each core is a rank
-    cores = real_data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(n for n in range(1, max(1, cores) + 1) if num_envs % n == 0)
+    return real_data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def stage_one(options):
@@ -890,6 +889,9 @@ def stage_one(options):
     if rank() == 0:
         lock.acquire()  # a second run with the same Stage I waits, then finds it here
     sft_warmstart.barrier()
+    problems = policies.Problems()
+    check_stage_one(problems, options)  # it may have been trained while this run waited
+    problems.stop()
     finished = True
     if not (out / "policy").exists():
         options.resume = (out / "resume.pt").exists()

@@ -776,13 +776,21 @@ def share_weights(policy):
     register_fsdp_forward_method(policy, "bc_loss")
 
 
-def gathered(value):
-    """Put shares together, in dicts and lists of any depth, too. Every rank must call this."""
+def gathered(value, for_saving=False):
+    """Put shares together, in dicts and lists of any depth, too. Every rank must call this.
+
+    for_saving: one after the other goes to the CPU of rank 0; the other ranks get None.
+    """
     if isinstance(value, dict):
-        return {key: gathered(each) for key, each in value.items()}
+        return {key: gathered(each, for_saving) for key, each in value.items()}
     if isinstance(value, list):
-        return [gathered(each) for each in value]
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+        return [gathered(each, for_saving) for each in value]
+    if not hasattr(value, "full_tensor"):
+        return value
+    whole = value.full_tensor()
+    if not for_saving:
+        return whole
+    return whole.cpu() if rank() == 0 else None
 
 
 def share_of(whole, like):
@@ -1070,7 +1078,7 @@ def check_run_folder(problems, args):
 
 def changed_flags(before, now):
     """Differences of two dicts of flags that can change a result: ["--lr was 1, is 2"]."""
-    free = ("resume", "ranks", "out", "command", "sft", "eval_episodes")
+    free = ("resume", "ranks", "fsdp", "out", "command", "sft", "eval_episodes")
     return [
         f"--{name.replace('_', '-')} was {value}, is {now.get(name)}"
         for name, value in before.items()
@@ -1091,8 +1099,8 @@ def write_args(args):
 
 def save_state(path, args, trained, **state):
     """Write all that changes while training, by rank 0, under a temporary name, then rename."""
-    weights = gathered({name: p.detach() for name, p in trained.items()})
-    state = gathered(state)
+    weights = gathered({name: p.detach() for name, p in trained.items()}, for_saving=True)
+    state = gathered(state, for_saving=True)
     if rank() > 0:
         return
     with room_for(path), policies.replacing(path) as part, open(part, "wb") as file:

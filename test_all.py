@@ -2350,9 +2350,10 @@ def test_errors_of_workers_are_raised_here(monkeypatch):
     with pytest.raises(TypeError, match="not callable"):
         env.reset()
     assert env_ended(env)
-    for num_envs, group, need in ((5, 1, 2), (6, 2, 4)):
-        with pytest.raises(ValueError, match=f"times workers = 2; try {need}"):
-            envs.make_env("all", num_envs=num_envs, group=group, workers=2)
+    assert isinstance(envs.make_env("all", num_envs=5, image_size=0, workers=2), envs.VecEnv)
+    grouped = envs.make_env("all", num_envs=4, group=2, image_size=0, workers=4)
+    assert len(grouped.processes) == 2
+    grouped.close()
     monkeypatch.setattr(envs, "TASKS", dict(local=type("Local", (envs.Drawer,), {})))
     with pytest.raises(ValueError, match="need tasks that pickle can send"):
         envs.make_env("local", num_envs=4, workers=2)
@@ -2877,6 +2878,14 @@ def test_saving_and_loading_change_nothing(policy_saved, tmp_path, name, rank):
         policies.add_lora(policy, 4)
         policy.save(tmp_path / "d")
     assert not (tmp_path / "d").exists()
+    base.save(tmp_path / "e")
+    policy = policies.load_policy(tmp_path / "e", lora_rank=rank)
+    policy.save(tmp_path / "f")
+    merged = policies.load_policy(tmp_path / "f", merge=True)
+    merged.save(tmp_path / "g")
+    assert policy_same(merged, policies.load_policy(tmp_path / "g")), "and not the base again"
+    with pytest.raises(ValueError, match="merge, lora_rank: got .*--lora-rank 0"):
+        policies.load_policy(tmp_path / "f", merge=True, lora_rank=rank)
 
 
 @policy_both
@@ -5754,7 +5763,7 @@ def deal(options):
         processes = []
         for _ in range(count):
             processes.append(subprocess.Popen(command, env=environment, cwd=HERE))
-        return max(process.wait() for process in processes)
+        return max(abs(process.wait()) for process in processes)    # -9 if it was killed
 
 
 if __name__ == "__main__":
