@@ -4335,7 +4335,7 @@ def evaluate_instant(tmp_path, monkeypatch):
     """Make evaluate.py run in this process, in an empty folder, and return made-up episodes."""
     monkeypatch.chdir(tmp_path)
     pool = contextlib.nullcontext(EvaluatePool())
-    monkeypatch.setattr(evaluate, "worker_processes", lambda count: pool)
+    monkeypatch.setattr(evaluate, "worker_processes", lambda count, device: pool)
     monkeypatch.setattr(evaluate, "look", lambda args, checkpoint: ["chosen for you"])
     monkeypatch.setattr(evaluate, "work", evaluate_work)
     return tmp_path
@@ -5090,7 +5090,7 @@ def kill_whole(program, folder, monkeypatch):
         patch.setattr(sft_warmstart, "LOG_EVERY", 1)
         if program == "evaluate":
             pool = contextlib.nullcontext(EvaluatePool())
-            patch.setattr(evaluate, "worker_processes", lambda count: pool)
+            patch.setattr(evaluate, "worker_processes", lambda count, device: pool)
             evaluate.main(flags)
         if program == "sft_warmstart":
             assert sft_warmstart.warm_start(sft_warmstart.parse(flags))
