@@ -866,13 +866,16 @@ def summed(tensors):
     """Sums over ranks of a list of tensors, sent in buckets: faster than a message for each."""
     sums = []
     bucket = []
+    size = 0
     for x in tensors:
         bucket.append(x)
-        if len(sums) + len(bucket) == len(tensors) or sum(x.numel() for x in bucket) > BUCKET:
+        size += x.numel()
+        if len(sums) + len(bucket) == len(tensors) or size > BUCKET:
             flat = all_sum(torch.cat([x.flatten() for x in bucket]))
             parts = flat.split([x.numel() for x in bucket])
             sums += [part.view_as(x) for part, x in zip(parts, bucket)]
             bucket = []
+            size = 0
     return sums
 
 

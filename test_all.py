@@ -4784,10 +4784,10 @@ with sft_warmstart.process_group():
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_give_the_gradient_of_one(tmp_path, monkeypatch):
+def stage_on_one_and_two_ranks(code, tmp_path, monkeypatch):
+    """Run a script here, then on two ranks. Returns what each saved, in 1.pt and 2.pt."""
     script = tmp_path / "ranks.py"
-    script.write_text(STAGE_RANKS)
+    script.write_text(code)
     command = [str(script), str(HERE), str(pathlib.Path(__file__).parent), str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(command[0])
@@ -4796,9 +4796,13 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, monkeypatch):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     run = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    (one, row_one), (two, row_two) = [
-        torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (1, 2)
-    ]
+    return [torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (1, 2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_gradient_of_one(tmp_path, monkeypatch):
+    saved = stage_on_one_and_two_ranks(STAGE_RANKS, tmp_path, monkeypatch)
+    (one, row_one), (two, row_two) = saved
     for key in ("ppo", "kl", "real", "grad_rl", "grad_real", "cosine", "grad_norm"):
         assert row_one[key] == pytest.approx(row_two[key], rel=1e-3, abs=1e-5), key
     assert one.keys() == two.keys()
@@ -4848,19 +4852,8 @@ with sft_warmstart.process_group():
 @pytest.mark.slow
 def test_fsdp_gives_the_gradient_of_one_rank_and_resumes(tmp_path, monkeypatch):
     """Two ranks with and without it; Stage I in shares ends in an ordinary checkpoint."""
-    script = tmp_path / "shares.py"
-    script.write_text(STAGE_FSDP)
-    command = [str(script), str(HERE), str(pathlib.Path(__file__).parent), str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(command[0])
-    launch = [sys.executable, "-m", "torch.distributed.run"]
-    launch += ["--standalone", "--nproc-per-node", "2"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    run = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    ((one,), (plain, shared)) = [
-        torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (1, 2)
-    ]
+    saved = stage_on_one_and_two_ranks(STAGE_FSDP, tmp_path, monkeypatch)
+    ((one,), (plain, shared)) = saved
     for two in (plain, shared):
         assert one.keys() == two.keys()
         for name, gradient in one.items():

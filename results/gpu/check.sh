@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the official sizes on one GPU, with random weights, in about ten minutes:
+# Measures the official sizes on one GPU, with random weights, in ten to thirteen minutes:
 #
 #     bash results/gpu/check.sh            # writes to $OUT, by default results/gpu/NAME_OF_THE_GPU
 #
