@@ -4764,6 +4764,7 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 import numpy, pathlib, torch, rl_cotrain, sft_warmstart, policies, test_all as stages
 with sft_warmstart.process_group():
+    sft_warmstart.BUCKET = 100_000  # several messages
     policy = policies.make_tiny("openvla")
     rank, world = sft_warmstart.rank(), sft_warmstart.world()
     whole = stages.stage_rollout(policy, 8)
