@@ -1,4 +1,4 @@
-"""Measures how often a policy succeeds: success rates, paired comparisons, videos, figures.
+"""Measures how often a policy succeeds, and serves it to a robot.
 
     success rate    p = k / n: k successes in n episodes, with a 95 % Wilson interval
     comparison      of two checkpoints on the same n scenes: McNemar's exact test, and a 95 %
@@ -8,6 +8,8 @@
     python evaluate.py --checkpoint runs/sft runs/co --task all     # second against first
     python evaluate.py --checkpoint runs/co --task push-cube --ablation shuffled-instruction
     python evaluate.py --curves runs/*/metrics.jsonl                # learning curves of runs
+    python evaluate.py --serve --checkpoint runs/co --camera front  # a policy server for a robot
+    python evaluate.py --trials trials/co                           # count trials on a robot
 
 Checkpoint  A bundled name (openvla, pi05), a folder or a hub id. The folder of a run, RUN,
             stands for the policy in it, RUN/policy.
@@ -36,16 +38,21 @@ Resume      OUT/episodes.jsonl gets a line for each block that has ended. Ctrl-C
             runs those that are missing, and the result is that of an uninterrupted evaluation.
             After the end, it prints the tables again. Videos are written when their block ends;
             when all have ended, the first --videos of each success rate stay.
+Server      --serve speaks the openpi policy protocol, see PolicyServer. --trials reads a LeRobot
+            data set in which a person has judged each episode, see read_trials.
 Errors      One line, and exit status 1, or 130 after a signal. With the environment variable
             TRACEBACK=1, also where an error was raised.
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import ipaddress
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -54,6 +61,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -62,8 +70,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 import envs                 # first: it chooses the OpenGL backend before mujoco is imported
 import imageio
+import msgpack
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+import websockets.sync.server
 from tqdm import tqdm
 
 import policies
@@ -130,8 +141,7 @@ def run_block(policy, env, block, episodes, seed, decoding, ablation, film, bar)
     """
     first = block * env.num_envs
     obs = env.reset(first_episode=first)
-    noise_seed = int(np.random.SeedSequence([seed, block]).generate_state(1)[0])
-    generator = torch.Generator(policy.device).manual_seed(noise_seed)
+    generator = noise_generator(policy, seed, block)
     instructions = obs["instructions"]
     if ablation == "shuffled-instruction":
         instructions = env.wrong_instructions()
@@ -168,6 +178,12 @@ def run_block(policy, env, block, episodes, seed, decoding, ablation, film, bar)
                 bar.add([records[i]])
         running = np.setdiff1d(running, info["ended"])
     return records
+
+
+def noise_generator(policy, seed, number):
+    """Return the generator of the policy's noise for a block, or for a client of the server."""
+    noise_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return torch.Generator(policy.device).manual_seed(noise_seed)
 
 
 def shown(images, ablation):
@@ -335,6 +351,13 @@ COMPARISONS = {         # columns of comparison_table()
     "95 % interval": "{low:+.1%} to {high:+.1%}",
     "p (McNemar)": "{p:.2g}",
 }
+TRIALS = {              # columns of count_trials()
+    "data set": "{folder}",
+    "instruction": "{instruction}",
+    "success": "{success:.1%}",
+    "95 % interval": "{low:.1%} - {high:.1%}",
+    "n": "{n}",
+}
 
 
 def table(rows):
@@ -464,6 +487,15 @@ class Cell:
     variant: str
 
 
+# Flags that go with the other uses of this script: all others would do nothing, and are refused.
+MODES = dict(
+    curves=["out"],
+    trials=[],
+    serve=["checkpoint", "load", "decoding", "seed", "device", "dtype", "host", "port", "camera",
+           "prompt"],
+)
+
+
 def parse(argv):
     """Read the flags. One ValueError lists all that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -472,6 +504,9 @@ def parse(argv):
     add("--checkpoint", nargs="+", default=[], help="policies; the first is the baseline")
     add("--curves", nargs="+", default=[],
         help="draw these metrics.jsonl instead; nothing but --out goes with it")
+    add("--serve", action="store_true", help="serve one checkpoint to a robot instead")
+    add("--trials", nargs="+", default=[],
+        help="count the successes in these LeRobot data sets instead; nothing goes with it")
     add("--task", default="open-drawer", choices=[*envs.TASKS, "all"],
         help="the task, or all of them; default: open-drawer")
     add("--domain", default="both", choices=["sim", "real", "both"],
@@ -498,6 +533,14 @@ def parse(argv):
         help="where the policy runs; default: cuda if there is a GPU")
     add("--dtype", default="float32", choices=["float32", "bf16"],
         help="arithmetic of the matrix products; default: float32")
+    add("--host", default="127.0.0.1",
+        help="address that --serve binds to; default: 127.0.0.1, this machine only")
+    add("--port", type=int, default=8000,
+        help="port that --serve binds to; 0: any free one; default: 8000")
+    add("--camera", nargs="+",
+        help="images of a request that the policy sees, or the last parts of their names, in its "
+        "order; default: what the checkpoint says, or the only image")
+    add("--prompt", help="instruction of requests without one; default: the checkpoint's only one")
     args = parser.parse_args(argv)
     given = []
     for flag, value in vars(args).items():
@@ -516,12 +559,21 @@ def parse(argv):
 def check(args, given):
     """Raise a ValueError that lists all wrong flags; it leaves no trace. Fills in --out."""
     problems = policies.Problems()
-    problems.need(args.checkpoint or args.curves, "--checkpoint, --curves", "neither",
-                  "one of them", "--checkpoint openvla")
-    if args.curves:
-        useless = [f"--{flag}" for flag in given if flag not in ("curves", "out")]
-        problems.need(not useless, "--curves", f"{' '.join(useless)} beside it",
-                      "nothing but --out", "a command for each")
+    problems.need(args.checkpoint or args.curves or args.trials,
+                  "--checkpoint, --curves, --trials", "none", "one of them",
+                  "--checkpoint openvla")
+    for mode, others in MODES.items():
+        useless = [f"--{flag}" for flag in given if flag not in (mode, *others)]
+        allowed = " ".join(f"--{flag}" for flag in others) or "it"
+        problems.need(not getattr(args, mode) or not useless, f"--{mode}",
+                      f"{' '.join(useless)} beside it", f"nothing but {allowed}",
+                      "a command for each")
+    useless = [f"--{flag}" for flag in given if flag in ("host", "port", "camera", "prompt")]
+    problems.need(args.serve or not useless, " ".join(useless), "no --serve",
+                  "it, since nothing else reads them", "--serve")
+    problems.need(not args.serve or len(args.checkpoint) == 1, "--serve",
+                  f"{len(args.checkpoint)} checkpoints", "one", "--checkpoint openvla")
+    problems.need(0 <= args.port < 2**16, "--port", args.port, "0 to 65535", "--port 8000")
     for flag, low in dict(episodes=1, workers=0, videos=0, seed=0).items():
         got = getattr(args, flag)
         problems.need(got >= low, f"--{flag}", got, f"{low} or more", f"--{flag} {low}")
@@ -533,9 +585,9 @@ def check(args, given):
             policies.find_folder(name)
     with noted(problems):
         policies.parse_load(args.load)
-    if args.checkpoint or args.curves:
+    if (args.checkpoint and not args.serve) or args.curves:
         args.out = args.out or default_folder(args)
-    if args.checkpoint:
+    if args.checkpoint and not args.serve:
         check_folder(problems, args)
     problems.stop()
 
@@ -607,7 +659,8 @@ def add_line(args, line):
 def header(args):
     """Return the command, and all that can change its result."""
     flags = dict(vars(args))
-    for name in ("command", "curves", "domains", "out", "resume", "tasks", "workers"):
+    for name in ("command", "domains", "out", "resume", "tasks", "workers", "curves", "trials",
+                 "serve", "host", "port", "camera", "prompt"):
         del flags[name]
     for package in ("torch", "transformers", "mujoco", "numpy"):
         flags[f"version of {package}"] = importlib.metadata.version(package)
@@ -916,15 +969,395 @@ def draw_curves(args):
     print(f"wrote {out}/curves.png: {', '.join(runs)}")
 
 
+# ---- deployment: a policy server for a robot ----------------------------------------------------
+
+MAX_MESSAGE = 32 * 2**20    # bytes of a request: 5 images of 1920 x 1080; openpi sets no limit
+MAX_ITEMS = 1024            # maps and lists in a request, and entries of each
+MAX_SIDE = 4096             # of an image [px]
+MAX_PROMPT = 1000           # characters
+ACTIONS = ("dx dy dz [m], droll dpitch dyaw [rad] per control step in the robot's base frame, "
+           "gripper -1 close .. +1 open")
+
+
+class PolicyServer:
+    """Serves a policy by the openpi policy protocol, to several clients at once.
+
+    WebSocket, a msgpack map in each message, see encode(). The server speaks first and sends
+    its metadata. Then it answers each request, an observation, with `actions` (K, 7) float32 in
+    physical units and with timings [ms]. The answer to a wrong request is one line of text, and
+    the end of that connection. GET /healthz answers OK.
+
+    policy          whatever passes policies.check_policy
+    cameras         images of an observation, or the last parts of their names, in the policy's
+                    order; None: what the checkpoint says, or else the only image
+    prompt          instruction of requests without one; None: the checkpoint's, if it has one
+    decoding, seed  as in run_episodes: client k gets the noise that block k gets there
+
+    Raises ValueError.
+    """
+
+    def __init__(self, policy, cameras=None, prompt=None, decoding="deploy", seed=EVAL_SEED):
+        stated = getattr(policy, "deployment", None) or {}      # what its checkpoint says
+        trained = stated.get("cameras") or []
+        instructions = stated.get("instructions") or []
+        if prompt is None and len(instructions) == 1:
+            prompt = instructions[0]
+        self.policy = policy
+        self.cameras = list(cameras or trained)
+        self.prompt = prompt
+        self.decoding = decoding
+        self.seed = seed
+        self.clients = itertools.count()
+        self.lock = threading.Lock()            # around act, and around the numbers printed
+        self.traffic = Traffic()
+        self.metadata = dict(actions=ACTIONS)
+        self.metadata.update(stated)
+        self.metadata.update(
+            policy=getattr(policy, "kind", type(policy).__name__),
+            cameras=self.cameras,
+            horizon=policy.chunk,               # K, rows of actions in an answer
+            reads_state=policy.reads_state,
+            decoding=decoding,
+        )
+        most = 3 if 5 in getattr(policy, "image_ndims", ()) else 1      # pi0.5 sees up to three
+        got = f"{len(self.cameras)} cameras, {self.cameras}"
+        problems = policies.Problems()
+        problems.need(len(self.cameras) <= most, "--camera", got, f"at most {most}",
+                      "--camera NAME")
+        problems.need(not trained or len(self.cameras) == len(trained), "--camera", got,
+                      f"{len(trained)}, in place of {trained}", "a name for each")
+        problems.stop()
+
+    def listen(self, host, port):
+        """Bind to an address. Returns a websockets server; its serve_forever() runs it."""
+        # A client's mistakes are no errors of the server.
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)
+        try:
+            return websockets.sync.server.serve(
+                self.converse,                  # in a thread for each client
+                host,
+                port,
+                compression=None,
+                max_size=MAX_MESSAGE,
+                max_queue=1,                    # messages that wait, for each client
+                origins=[None],                 # no web page that a browser has open may connect
+                process_request=answer_health,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"--host, --port: got {host} {port} ({error.strerror}); need an address of this "
+                "machine and a free port; try --port 8001"
+            ) from None
+
+    def converse(self, connection):
+        """Answer the requests of one client, until it leaves or makes a mistake."""
+        generator = noise_generator(self.policy, self.seed, next(self.clients))
+        last = {}                               # timing of the last answer
+        try:
+            connection.send(encode(self.metadata))
+            for message in connection:
+                start = time.perf_counter()
+                answer = self.answer(message, generator)
+                answer["server_timing"].update(last)
+                connection.send(encode(answer))
+                last = dict(prev_total_ms=milliseconds(start))
+        except websockets.ConnectionClosed as error:
+            tqdm.write(f"a client has gone: {error}", file=sys.stderr)
+        except Exception as error:              # whatever it is, the other clients are served on
+            text = "; ".join(str(error).splitlines())
+            if not isinstance(error, ValueError):
+                text = f"{type(error).__name__}: {text}"
+            text = text[:2000]                  # it may quote the request
+            tqdm.write(f"refused: {text}", file=sys.stderr)
+            with contextlib.suppress(websockets.ConnectionClosed):
+                connection.send(text)
+            reason = "Internal server error. Traceback included in previous frame."
+            connection.close(1011, reason)      # code and words of openpi
+
+    def answer(self, message, generator):
+        """Return the answer to the message of a request."""
+        start = time.perf_counter()
+        batch = self.read(decode(message))
+        with self.lock:
+            begun = time.perf_counter()
+            decision = self.policy.act(**batch, decoding=self.decoding, generator=generator)
+            actions = decision.actions[0].cpu().numpy()         # (K, 7)
+            policy_timing = dict(infer_ms=milliseconds(begun))
+            server_timing = dict(infer_ms=milliseconds(start))
+            self.traffic.add(server_timing["infer_ms"])
+        # Clients that execute chunks index every array of an answer by the step: one array only.
+        return dict(actions=actions, policy_timing=policy_timing, server_timing=server_timing)
+
+    def read(self, observation):
+        """Turn an observation into the arguments of act: images, instructions, state; batch 1."""
+        found = {}                              # as name -> value, or images/name -> value
+        for key, value in observation.items():
+            if isinstance(value, dict):
+                found.update({f"{key}/{inner}": part for inner, part in value.items()})
+            else:
+                found[str(key)] = value
+        state = self.read_state(found) if self.policy.reads_state else None
+        return dict(
+            images=self.read_images(found), instructions=[self.read_prompt(found)], state=state
+        )
+
+    def read_images(self, found):
+        """Return the images of the cameras, (1, H, W, 3) or, if several, (1, N, H, W, 3) uint8.
+
+        Names may have any prefix: observation/NAME (LIBERO, DROID), images/NAME (ALOHA),
+        observation.images.NAME (LeRobot).
+        """
+        all_images = [name for name, value in found.items() if getattr(value, "ndim", 0) == 3]
+        got = f"an observation of {list(found)}"
+        remedy = "evaluate.py --serve --camera NAME"
+        if not self.cameras:
+            fine = len(all_images) == 1
+            refuse_unless(fine, "image", got, "one image, as no camera is named", remedy)
+        images = []
+        for camera in self.cameras or all_images:
+            names = [name for name in found if last_part(name) == last_part(camera)]
+            fine = len(names) == 1
+            refuse_unless(fine, f"camera {camera}", got, "one image of that name", remedy)
+            images.append(read_image(names[0], found[names[0]]))
+        shapes = [image.shape for image in images]
+        remedy = "resize_with_pad of openpi_client.image_tools"
+        fine = len(set(shapes)) == 1
+        refuse_unless(fine, "images", shapes, "the same shape for all cameras", remedy)
+        images = np.stack(images)[None]
+        return images[:, 0] if len(shapes) == 1 else images
+
+    def read_prompt(self, found):
+        """Return the instruction, a str."""
+        prompt = found.get("prompt", self.prompt)
+        if isinstance(prompt, np.ndarray) and prompt.size == 1:
+            prompt = prompt.item()
+        if isinstance(prompt, bytes):
+            prompt = prompt.decode(errors="replace")
+        fine = isinstance(prompt, str) and prompt.strip() and len(prompt) <= MAX_PROMPT
+        refuse_unless(fine, "prompt", form(prompt), f"a text of 1 to {MAX_PROMPT} characters",
+                      "evaluate.py --serve --prompt TEXT, for requests without one")
+        return prompt
+
+    def read_state(self, found):
+        """Return the state, (1, n) float32."""
+        state = found.get("observation/state", found.get("state"))
+        fine = isinstance(state, np.ndarray) and state.ndim == 1 and state.dtype.kind in "iuf"
+        fine = fine and np.isfinite(state).all()
+        refuse_unless(fine, "state", f"{form(state)}, in an observation of {list(found)}",
+                      "finite numbers (n,), in the order of training",
+                      "the key observation/state, or state")
+        return np.array(state, np.float32)[None]
+
+
+class Traffic(tqdm):
+    """Shows requests, requests per second, and the latency of the last 1000."""
+
+    def __init__(self):
+        super().__init__(unit="request", delay=1e-9)     # appears with the first one
+        self.latencies = collections.deque(maxlen=1000)     # [ms]
+
+    def add(self, latency):
+        """Count a request; latency [ms]: from its arrival until its actions are there."""
+        self.latencies.append(latency)
+        median, p99 = np.percentile(self.latencies, [50, 99])
+        self.set_postfix_str(f"median {median:.1f} ms, p99 {p99:.1f} ms", refresh=False)
+        self.update()
+
+
+def read_image(name, image):
+    """Return an image of a request as (H, W, 3) uint8.
+
+    As openpi's servers do, takes (3, H, W), too, and floats in 0 .. 1, which it rounds.
+    """
+    fine = isinstance(image, np.ndarray) and image.ndim == 3 and 3 in image.shape[::2]
+    fine = fine and 1 <= min(image.shape) and max(image.shape) <= MAX_SIDE
+    if fine and image.dtype.kind == "f":
+        fine = image.min() >= 0 and image.max() <= 1            # false for NaN
+    elif fine:
+        fine = image.dtype == np.uint8
+    refuse_unless(fine, name, form(image), "RGB (H, W, 3) or (3, H, W), uint8 or floats in 0 .. 1, "
+                  f"sides up to {MAX_SIDE}", "image.astype(np.uint8) of values in 0 .. 255")
+    if image.shape[2] != 3:
+        image = image.transpose(1, 2, 0)
+    if image.dtype.kind == "f":
+        image = np.rint(255 * image)
+    return np.ascontiguousarray(image, np.uint8)
+
+
+def refuse_unless(ok, what, got, need, remedy):
+    """Raise the ValueError that answers a wrong request, unless ok."""
+    problems = policies.Problems()
+    problems.need(ok, what, got, need, remedy)
+    problems.stop()
+
+
+def form(value):
+    """Describe a part of a request, for a message."""
+    if isinstance(value, np.ndarray):
+        span = ""
+        if value.dtype.kind in "iuf" and value.size:
+            span = f", values {value.min():.4g} to {value.max():.4g}"
+        return f"{value.dtype} {value.shape}{span}"
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters"
+    return "none" if value is None else type(value).__name__
+
+
+def last_part(name):
+    """Return the last part of a name: image, of observation/image or observation.images.image."""
+    return name.replace(".", "/").split("/")[-1]
+
+
+def milliseconds(start):
+    """Return the milliseconds since `start`."""
+    return 1000 * (time.perf_counter() - start)
+
+
+def answer_health(connection, request):
+    """Answer GET /healthz; None: go on with the WebSocket."""
+    if request.path == "/healthz":
+        return connection.respond(200, "OK\n")
+
+
+def encode(message):
+    """Pack a map as openpi-client does; an array is a map with the keys below, as bytes."""
+    def pack_array(array):
+        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str,
+                b"shape": array.shape}
+
+    return msgpack.packb(message, default=pack_array)
+
+
+def decode(message):
+    """Unpack a message. Memory stays within a small multiple of its size. Raises ValueError.
+
+    Arrays are views of the message, whose size their shape has to fit. Only plain numbers and
+    texts become arrays: neither objects nor pickles.
+    """
+    containers = itertools.count(1)
+
+    def count(container):
+        if next(containers) > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS} maps and lists")
+        return container
+
+    def unpack_array(entry):
+        count(entry)
+        if b"__ndarray__" not in entry and b"__npgeneric__" not in entry:
+            return entry
+        dtype = np.dtype(entry[b"dtype"])
+        if dtype.kind not in "biufU":
+            raise ValueError(f"an array of {dtype}")
+        if b"__npgeneric__" in entry:
+            return dtype.type(entry[b"data"])
+        return np.frombuffer(entry[b"data"], dtype).reshape(entry[b"shape"])
+
+    fault = "a text message"
+    if isinstance(message, bytes):
+        try:
+            fault = "no map"
+            observation = msgpack.unpackb(message, object_hook=unpack_array, list_hook=count,
+                                          max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
+            if isinstance(observation, dict):
+                return observation
+        except Exception as error:              # the bytes come from anywhere
+            fault = f"{type(error).__name__}, {error}"
+    raise ValueError(f"message: got {fault}; need a map of observations in msgpack, as binary "
+                     "message; try openpi-client") from None
+
+
+def serve(args):
+    """Serve a checkpoint until Ctrl-C or SIGTERM, which are the normal end: exit status 0."""
+    policy = load(args.checkpoint[0], args.device, args.dtype, *args.load)
+    for note in getattr(policy, "notes", []):
+        print(note)
+    check_ready(policy, [])
+    if "chunk" not in policies.parse_load(args.load):
+        policy.chunk = policy.horizon           # the client chooses how many it executes
+    service = PolicyServer(policy, args.camera, args.prompt, args.decoding, args.seed)
+    server = service.listen(args.host, args.port)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with service.traffic, server, contextlib.suppress(KeyboardInterrupt):
+        host, port = server.socket.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback:
+            warnings.warn(f"--host {args.host}: there is no authentication: whoever reaches this "
+                          "port can use the policy")
+        cameras = ", ".join(service.cameras) or "the only image"
+        rate = service.metadata.get("control_hz", "unknown")
+        print(f"serving {service.metadata['policy']} at ws://{host}:{port}; cameras: {cameras}; "
+              f"actions an answer: {policy.chunk}; control rate [Hz]: {rate}; end: Ctrl-C",
+              flush=True)
+        thread.join()
+
+
+def read_trials(folder):
+    """Read a LeRobot data set (v2.1, v3.0) of trials. Returns [(instruction, success), ..].
+
+    An episode has succeeded if `next.success` is true in any of its frames. Raises ValueError.
+    """
+    folder = pathlib.Path(folder)
+    lines = folder / "meta/episodes.jsonl"      # of v2.1
+    try:
+        if lines.exists():
+            episodes = [json.loads(line) for line in lines.read_text().splitlines()]
+        else:
+            columns = ["episode_index", "tasks"]
+            episodes = pq.read_table(folder / "meta/episodes", columns=columns).to_pylist()
+        columns = ["episode_index", "next.success"]
+        rows = pq.read_table(folder / "data", columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--trials: got {folder} ({str(error).splitlines()[0]}); need a LeRobot data set with "
+            "a column next.success; try what README.md says under Deployment"
+        ) from None
+    flags = collections.defaultdict(list)       # episode -> next.success of its frames
+    for row in rows:
+        flags[row["episode_index"]].append(row["next.success"])
+    trials = []
+    problems = policies.Problems()
+    for episode in episodes:
+        number = episode["episode_index"]
+        judged = flags[number] and None not in flags[number]
+        problems.need(judged, f"{folder}, episode {number}", "frames without next.success",
+                      "true or false in each", "to judge it again, or to delete it")
+        trials.append((episode["tasks"][0], bool(np.any(flags[number]))))
+    problems.need(trials, folder, "no episodes", "1 or more", "to record some")
+    problems.stop()
+    return trials
+
+
+def count_trials(args):
+    """Print the success rate of each instruction in data sets of trials."""
+    rows = []
+    for folder in args.trials:
+        trials = read_trials(folder)
+        instructions = sorted({instruction for instruction, _ in trials})
+        if len(instructions) > 1:
+            instructions.append("all")
+        for chosen in instructions:
+            outcomes = [win for text, win in trials if chosen in (text, "all")]
+            k = sum(outcomes)
+            n = len(outcomes)
+            low, high = wilson(k, n)
+            rows.append(dict(folder=folder, instruction=chosen, n=n, success=k / n, low=low,
+                             high=high))
+    print(lay_out(rows, TRIALS, left=2))
+
+
 def main(argv=None):
     with reported():
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.curves:
             draw_curves(args)
-            return
-        results = run(args)
-        with resumable(args):
-            report(args, results)
+        elif args.trials:
+            count_trials(args)
+        elif args.serve:
+            serve(args)
+        else:
+            results = run(args)
+            with resumable(args):
+                report(args, results)
 
 
 if __name__ == "__main__":
