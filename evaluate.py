@@ -38,8 +38,8 @@ Resume      OUT/episodes.jsonl gets a line for each block that has ended. Ctrl-C
             runs those that are missing, and the result is that of an uninterrupted evaluation.
             After the end, it prints the tables again. Videos are written when their block ends;
             when all have ended, the first --videos of each success rate stay.
-Server      --serve speaks the openpi policy protocol, see PolicyServer. --trials reads a LeRobot
-            data set in which a person has judged each episode, see read_trials.
+Deployment  --serve speaks the openpi policy protocol, see PolicyServer, until Ctrl-C, its normal
+            end. --trials reads a LeRobot data set in which a person has judged each episode.
 Errors      One line, and exit status 1, or 130 after a signal. With the environment variable
             TRACEBACK=1, also where an error was raised.
 """
@@ -324,6 +324,222 @@ def compare(first, second):
     )
 
 
+# ---- deployment ---------------------------------------------------------------------------------
+
+MAX_MESSAGE = 32 * 2**20    # bytes of a request: 5 images of 1920 x 1080; openpi sets no limit
+MAX_ITEMS = 1024            # maps and lists in a request, and entries of each
+MAX_SIDE = 4096             # of an image [px]
+MAX_PROMPT = 1000           # characters
+ACTIONS = ("dx dy dz [m], droll dpitch dyaw [rad] per control step in the robot's base frame, "
+           "gripper -1 close .. +1 open")
+
+
+class PolicyServer:
+    """Serves a policy by the openpi policy protocol, to several clients at once.
+
+    WebSocket, a msgpack map in each message, see encode(). The server speaks first and sends
+    its metadata. Then it answers each request, an observation, with `actions` (K, 7) float32 in
+    physical units and with timings [ms]. The answer to a wrong request is one line of text, and
+    the end of that connection. GET /healthz answers OK.
+
+    policy          whatever passes policies.check_policy
+    cameras         images of an observation, or the last parts of their names, in the policy's
+                    order; None: what the checkpoint says, or else the only image
+    prompt          instruction of requests without one; None: the checkpoint's, if it has one
+    decoding, seed  as in run_episodes: client k gets the noise that block k gets there
+
+    Raises ValueError.
+    """
+
+    def __init__(self, policy, cameras=None, prompt=None, decoding="deploy", seed=EVAL_SEED):
+        stated = getattr(policy, "deployment", None) or {}      # what its checkpoint says
+        trained = stated.get("cameras") or []
+        instructions = stated.get("instructions") or []
+        if prompt is None and len(instructions) == 1:
+            prompt = instructions[0]
+        self.policy = policy
+        self.cameras = list(cameras or trained)
+        self.prompt = prompt
+        self.decoding = decoding
+        self.seed = seed
+        self.clients = itertools.count()
+        self.lock = threading.Lock()            # around act, and around the numbers printed
+        self.traffic = Traffic()
+        self.metadata = dict(actions=ACTIONS)
+        self.metadata.update(stated)
+        self.metadata.update(
+            policy=getattr(policy, "kind", type(policy).__name__),
+            cameras=self.cameras,
+            horizon=policy.chunk,               # K, rows of actions in an answer
+            reads_state=policy.reads_state,
+            decoding=decoding,
+        )
+        most = 3 if 5 in getattr(policy, "image_ndims", ()) else 1      # pi0.5 sees up to three
+        got = f"{len(self.cameras)} cameras, {self.cameras}"
+        problems = policies.Problems()
+        problems.need(len(self.cameras) <= most, "--camera", got, f"at most {most}",
+                      "--camera NAME")
+        problems.need(not trained or len(self.cameras) == len(trained), "--camera", got,
+                      f"{len(trained)}, in place of {trained}", "a name for each")
+        problems.stop()
+
+    def listen(self, host, port):
+        """Bind to an address. Returns a websockets server; its serve_forever() runs it."""
+        # A client's mistakes are no errors of the server.
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)
+        try:
+            return websockets.sync.server.serve(
+                self.converse,                  # in a thread for each client
+                host,
+                port,
+                compression=None,
+                max_size=MAX_MESSAGE,
+                max_queue=1,                    # messages that wait, for each client
+                origins=[None],                 # no web page that a browser has open may connect
+                process_request=answer_health,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"--host, --port: got {host} {port} ({error.strerror}); need an address of this "
+                "machine and a free port; try --port 8001"
+            ) from None
+
+    def converse(self, connection):
+        """Answer the requests of one client, until it leaves or makes a mistake."""
+        generator = noise_generator(self.policy, self.seed, next(self.clients))
+        last = {}                               # timing of the last answer
+        try:
+            connection.send(encode(self.metadata))
+            for message in connection:
+                start = time.perf_counter()
+                answer = self.answer(message, generator)
+                answer["server_timing"].update(last)
+                connection.send(encode(answer))
+                last = dict(prev_total_ms=milliseconds(start))
+        except websockets.ConnectionClosed as error:
+            tqdm.write(f"a client has gone: {error}", file=sys.stderr)
+        except Exception as error:              # whatever it is, the other clients are served on
+            text = "; ".join(str(error).splitlines())
+            if not isinstance(error, ValueError):
+                text = f"{type(error).__name__}: {text}"
+            text = text[:2000]                  # it may quote the request
+            tqdm.write(f"refused: {text}", file=sys.stderr)
+            with contextlib.suppress(websockets.ConnectionClosed):
+                connection.send(text)
+            reason = "Internal server error. Traceback included in previous frame."
+            connection.close(1011, reason)      # code and words of openpi
+
+    def answer(self, message, generator):
+        """Return the answer to the message of a request."""
+        start = time.perf_counter()
+        batch = self.read(decode(message))
+        with self.lock:
+            begun = time.perf_counter()
+            decision = self.policy.act(**batch, decoding=self.decoding, generator=generator)
+            actions = decision.actions[0].cpu().numpy()         # (K, 7)
+            policy_timing = dict(infer_ms=milliseconds(begun))
+            server_timing = dict(infer_ms=milliseconds(start))
+            self.traffic.add(server_timing["infer_ms"])
+        # Clients that execute chunks index every array of an answer by the step: one array only.
+        return dict(actions=actions, policy_timing=policy_timing, server_timing=server_timing)
+
+    def read(self, observation):
+        """Turn an observation into the arguments of act: images, instructions, state; batch 1."""
+        found = {}                              # as name -> value, or images/name -> value
+        for key, value in observation.items():
+            if isinstance(value, dict):
+                found.update({f"{key}/{inner}": part for inner, part in value.items()})
+            else:
+                found[str(key)] = value
+        state = self.read_state(found) if self.policy.reads_state else None
+        return dict(
+            images=self.read_images(found), instructions=[self.read_prompt(found)], state=state
+        )
+
+    def read_images(self, found):
+        """Return the images of the cameras, (1, H, W, 3) or, if several, (1, N, H, W, 3) uint8.
+
+        Names may have any prefix: observation/NAME (LIBERO, DROID), images/NAME (ALOHA),
+        observation.images.NAME (LeRobot).
+        """
+        all_images = [name for name, value in found.items() if getattr(value, "ndim", 0) == 3]
+        got = f"an observation of {list(found)}"
+        remedy = "evaluate.py --serve --camera NAME"
+        if not self.cameras:
+            fine = len(all_images) == 1
+            refuse_unless(fine, "image", got, "one image, as no camera is named", remedy)
+        images = []
+        for camera in self.cameras or all_images:
+            names = [name for name in found if last_part(name) == last_part(camera)]
+            fine = len(names) == 1
+            refuse_unless(fine, f"camera {camera}", got, "one image of that name", remedy)
+            images.append(read_image(names[0], found[names[0]]))
+        shapes = [image.shape for image in images]
+        remedy = "resize_with_pad of openpi_client.image_tools"
+        fine = len(set(shapes)) == 1
+        refuse_unless(fine, "images", shapes, "the same shape for all cameras", remedy)
+        images = np.stack(images)[None]
+        return images[:, 0] if len(shapes) == 1 else images
+
+    def read_prompt(self, found):
+        """Return the instruction, a str."""
+        prompt = found.get("prompt", self.prompt)
+        if isinstance(prompt, np.ndarray) and prompt.size == 1:
+            prompt = prompt.item()
+        if isinstance(prompt, bytes):
+            prompt = prompt.decode(errors="replace")
+        fine = isinstance(prompt, str) and prompt.strip() and len(prompt) <= MAX_PROMPT
+        refuse_unless(fine, "prompt", form(prompt), f"a text of 1 to {MAX_PROMPT} characters",
+                      "evaluate.py --serve --prompt TEXT, for requests without one")
+        return prompt
+
+    def read_state(self, found):
+        """Return the state, (1, n) float32."""
+        state = found.get("observation/state", found.get("state"))
+        fine = isinstance(state, np.ndarray) and state.ndim == 1 and state.dtype.kind in "iuf"
+        fine = fine and np.isfinite(state).all()
+        refuse_unless(fine, "state", f"{form(state)}, in an observation of {list(found)}",
+                      "finite numbers (n,), in the order of training",
+                      "the key observation/state, or state")
+        return np.array(state, np.float32)[None]
+
+
+def read_trials(folder):
+    """Read a LeRobot data set (v2.1, v3.0) of trials. Returns [(instruction, success), ..].
+
+    An episode has succeeded if `next.success` is true in any of its frames. Raises ValueError.
+    """
+    folder = pathlib.Path(folder)
+    lines = folder / "meta/episodes.jsonl"      # of v2.1
+    try:
+        if lines.exists():
+            episodes = [json.loads(line) for line in lines.read_text().splitlines()]
+        else:
+            columns = ["episode_index", "tasks"]
+            episodes = pq.read_table(folder / "meta/episodes", columns=columns).to_pylist()
+        columns = ["episode_index", "next.success"]
+        rows = pq.read_table(folder / "data", columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--trials: got {folder} ({str(error).splitlines()[0]}); need a LeRobot data set with "
+            "a column next.success; try what README.md says under Deployment"
+        ) from None
+    flags = collections.defaultdict(list)       # episode -> next.success of its frames
+    for row in rows:
+        flags[row["episode_index"]].append(row["next.success"])
+    trials = []
+    problems = policies.Problems()
+    for episode in episodes:
+        number = episode["episode_index"]
+        judged = flags[number] and None not in flags[number]
+        problems.need(judged, f"{folder}, episode {number}", "frames without next.success",
+                      "true or false in each", "to judge it again, or to delete it")
+        trials.append((episode["tasks"][0], bool(np.any(flags[number]))))
+    problems.need(trials, folder, "no episodes", "1 or more", "to record some")
+    problems.stop()
+    return trials
+
+
 # ---- plumbing: skip on first reading ------------------------------------------------------------
 # ---- tables and figures -------------------------------------------------------------------------
 
@@ -559,8 +775,8 @@ def parse(argv):
 def check(args, given):
     """Raise a ValueError that lists all wrong flags; it leaves no trace. Fills in --out."""
     problems = policies.Problems()
-    problems.need(args.checkpoint or args.curves or args.trials,
-                  "--checkpoint, --curves, --trials", "none", "one of them",
+    uses = (args.checkpoint, args.curves, args.trials, args.serve)
+    problems.need(any(uses), "--checkpoint, --curves, --trials, --serve", "none", "one of them",
                   "--checkpoint openvla")
     for mode, others in MODES.items():
         useless = [f"--{flag}" for flag in given if flag not in (mode, *others)]
@@ -969,191 +1185,13 @@ def draw_curves(args):
     print(f"wrote {out}/curves.png: {', '.join(runs)}")
 
 
-# ---- deployment: a policy server for a robot ----------------------------------------------------
-
-MAX_MESSAGE = 32 * 2**20    # bytes of a request: 5 images of 1920 x 1080; openpi sets no limit
-MAX_ITEMS = 1024            # maps and lists in a request, and entries of each
-MAX_SIDE = 4096             # of an image [px]
-MAX_PROMPT = 1000           # characters
-ACTIONS = ("dx dy dz [m], droll dpitch dyaw [rad] per control step in the robot's base frame, "
-           "gripper -1 close .. +1 open")
-
-
-class PolicyServer:
-    """Serves a policy by the openpi policy protocol, to several clients at once.
-
-    WebSocket, a msgpack map in each message, see encode(). The server speaks first and sends
-    its metadata. Then it answers each request, an observation, with `actions` (K, 7) float32 in
-    physical units and with timings [ms]. The answer to a wrong request is one line of text, and
-    the end of that connection. GET /healthz answers OK.
-
-    policy          whatever passes policies.check_policy
-    cameras         images of an observation, or the last parts of their names, in the policy's
-                    order; None: what the checkpoint says, or else the only image
-    prompt          instruction of requests without one; None: the checkpoint's, if it has one
-    decoding, seed  as in run_episodes: client k gets the noise that block k gets there
-
-    Raises ValueError.
-    """
-
-    def __init__(self, policy, cameras=None, prompt=None, decoding="deploy", seed=EVAL_SEED):
-        stated = getattr(policy, "deployment", None) or {}      # what its checkpoint says
-        trained = stated.get("cameras") or []
-        instructions = stated.get("instructions") or []
-        if prompt is None and len(instructions) == 1:
-            prompt = instructions[0]
-        self.policy = policy
-        self.cameras = list(cameras or trained)
-        self.prompt = prompt
-        self.decoding = decoding
-        self.seed = seed
-        self.clients = itertools.count()
-        self.lock = threading.Lock()            # around act, and around the numbers printed
-        self.traffic = Traffic()
-        self.metadata = dict(actions=ACTIONS)
-        self.metadata.update(stated)
-        self.metadata.update(
-            policy=getattr(policy, "kind", type(policy).__name__),
-            cameras=self.cameras,
-            horizon=policy.chunk,               # K, rows of actions in an answer
-            reads_state=policy.reads_state,
-            decoding=decoding,
-        )
-        most = 3 if 5 in getattr(policy, "image_ndims", ()) else 1      # pi0.5 sees up to three
-        got = f"{len(self.cameras)} cameras, {self.cameras}"
-        problems = policies.Problems()
-        problems.need(len(self.cameras) <= most, "--camera", got, f"at most {most}",
-                      "--camera NAME")
-        problems.need(not trained or len(self.cameras) == len(trained), "--camera", got,
-                      f"{len(trained)}, in place of {trained}", "a name for each")
-        problems.stop()
-
-    def listen(self, host, port):
-        """Bind to an address. Returns a websockets server; its serve_forever() runs it."""
-        # A client's mistakes are no errors of the server.
-        logging.getLogger("websockets").setLevel(logging.CRITICAL)
-        try:
-            return websockets.sync.server.serve(
-                self.converse,                  # in a thread for each client
-                host,
-                port,
-                compression=None,
-                max_size=MAX_MESSAGE,
-                max_queue=1,                    # messages that wait, for each client
-                origins=[None],                 # no web page that a browser has open may connect
-                process_request=answer_health,
-            )
-        except OSError as error:
-            raise ValueError(
-                f"--host, --port: got {host} {port} ({error.strerror}); need an address of this "
-                "machine and a free port; try --port 8001"
-            ) from None
-
-    def converse(self, connection):
-        """Answer the requests of one client, until it leaves or makes a mistake."""
-        generator = noise_generator(self.policy, self.seed, next(self.clients))
-        last = {}                               # timing of the last answer
-        try:
-            connection.send(encode(self.metadata))
-            for message in connection:
-                start = time.perf_counter()
-                answer = self.answer(message, generator)
-                answer["server_timing"].update(last)
-                connection.send(encode(answer))
-                last = dict(prev_total_ms=milliseconds(start))
-        except websockets.ConnectionClosed as error:
-            tqdm.write(f"a client has gone: {error}", file=sys.stderr)
-        except Exception as error:              # whatever it is, the other clients are served on
-            text = "; ".join(str(error).splitlines())
-            if not isinstance(error, ValueError):
-                text = f"{type(error).__name__}: {text}"
-            text = text[:2000]                  # it may quote the request
-            tqdm.write(f"refused: {text}", file=sys.stderr)
-            with contextlib.suppress(websockets.ConnectionClosed):
-                connection.send(text)
-            reason = "Internal server error. Traceback included in previous frame."
-            connection.close(1011, reason)      # code and words of openpi
-
-    def answer(self, message, generator):
-        """Return the answer to the message of a request."""
-        start = time.perf_counter()
-        batch = self.read(decode(message))
-        with self.lock:
-            begun = time.perf_counter()
-            decision = self.policy.act(**batch, decoding=self.decoding, generator=generator)
-            actions = decision.actions[0].cpu().numpy()         # (K, 7)
-            policy_timing = dict(infer_ms=milliseconds(begun))
-            server_timing = dict(infer_ms=milliseconds(start))
-            self.traffic.add(server_timing["infer_ms"])
-        # Clients that execute chunks index every array of an answer by the step: one array only.
-        return dict(actions=actions, policy_timing=policy_timing, server_timing=server_timing)
-
-    def read(self, observation):
-        """Turn an observation into the arguments of act: images, instructions, state; batch 1."""
-        found = {}                              # as name -> value, or images/name -> value
-        for key, value in observation.items():
-            if isinstance(value, dict):
-                found.update({f"{key}/{inner}": part for inner, part in value.items()})
-            else:
-                found[str(key)] = value
-        state = self.read_state(found) if self.policy.reads_state else None
-        return dict(
-            images=self.read_images(found), instructions=[self.read_prompt(found)], state=state
-        )
-
-    def read_images(self, found):
-        """Return the images of the cameras, (1, H, W, 3) or, if several, (1, N, H, W, 3) uint8.
-
-        Names may have any prefix: observation/NAME (LIBERO, DROID), images/NAME (ALOHA),
-        observation.images.NAME (LeRobot).
-        """
-        all_images = [name for name, value in found.items() if getattr(value, "ndim", 0) == 3]
-        got = f"an observation of {list(found)}"
-        remedy = "evaluate.py --serve --camera NAME"
-        if not self.cameras:
-            fine = len(all_images) == 1
-            refuse_unless(fine, "image", got, "one image, as no camera is named", remedy)
-        images = []
-        for camera in self.cameras or all_images:
-            names = [name for name in found if last_part(name) == last_part(camera)]
-            fine = len(names) == 1
-            refuse_unless(fine, f"camera {camera}", got, "one image of that name", remedy)
-            images.append(read_image(names[0], found[names[0]]))
-        shapes = [image.shape for image in images]
-        remedy = "resize_with_pad of openpi_client.image_tools"
-        fine = len(set(shapes)) == 1
-        refuse_unless(fine, "images", shapes, "the same shape for all cameras", remedy)
-        images = np.stack(images)[None]
-        return images[:, 0] if len(shapes) == 1 else images
-
-    def read_prompt(self, found):
-        """Return the instruction, a str."""
-        prompt = found.get("prompt", self.prompt)
-        if isinstance(prompt, np.ndarray) and prompt.size == 1:
-            prompt = prompt.item()
-        if isinstance(prompt, bytes):
-            prompt = prompt.decode(errors="replace")
-        fine = isinstance(prompt, str) and prompt.strip() and len(prompt) <= MAX_PROMPT
-        refuse_unless(fine, "prompt", form(prompt), f"a text of 1 to {MAX_PROMPT} characters",
-                      "evaluate.py --serve --prompt TEXT, for requests without one")
-        return prompt
-
-    def read_state(self, found):
-        """Return the state, (1, n) float32."""
-        state = found.get("observation/state", found.get("state"))
-        fine = isinstance(state, np.ndarray) and state.ndim == 1 and state.dtype.kind in "iuf"
-        fine = fine and np.isfinite(state).all()
-        refuse_unless(fine, "state", f"{form(state)}, in an observation of {list(found)}",
-                      "finite numbers (n,), in the order of training",
-                      "the key observation/state, or state")
-        return np.array(state, np.float32)[None]
-
+# ---- requests and answers of the server --------------------------------------------------------
 
 class Traffic(tqdm):
     """Shows requests, requests per second, and the latency of the last 1000."""
 
     def __init__(self):
-        super().__init__(unit="request", delay=1e-9)     # appears with the first one
+        super().__init__(unit="request", delay=1e-3)        # appears with the first one
         self.latencies = collections.deque(maxlen=1000)     # [ms]
 
     def add(self, latency):
@@ -1289,42 +1327,6 @@ def serve(args):
               f"actions an answer: {policy.chunk}; control rate [Hz]: {rate}; end: Ctrl-C",
               flush=True)
         thread.join()
-
-
-def read_trials(folder):
-    """Read a LeRobot data set (v2.1, v3.0) of trials. Returns [(instruction, success), ..].
-
-    An episode has succeeded if `next.success` is true in any of its frames. Raises ValueError.
-    """
-    folder = pathlib.Path(folder)
-    lines = folder / "meta/episodes.jsonl"      # of v2.1
-    try:
-        if lines.exists():
-            episodes = [json.loads(line) for line in lines.read_text().splitlines()]
-        else:
-            columns = ["episode_index", "tasks"]
-            episodes = pq.read_table(folder / "meta/episodes", columns=columns).to_pylist()
-        columns = ["episode_index", "next.success"]
-        rows = pq.read_table(folder / "data", columns=columns).to_pylist()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--trials: got {folder} ({str(error).splitlines()[0]}); need a LeRobot data set with "
-            "a column next.success; try what README.md says under Deployment"
-        ) from None
-    flags = collections.defaultdict(list)       # episode -> next.success of its frames
-    for row in rows:
-        flags[row["episode_index"]].append(row["next.success"])
-    trials = []
-    problems = policies.Problems()
-    for episode in episodes:
-        number = episode["episode_index"]
-        judged = flags[number] and None not in flags[number]
-        problems.need(judged, f"{folder}, episode {number}", "frames without next.success",
-                      "true or false in each", "to judge it again, or to delete it")
-        trials.append((episode["tasks"][0], bool(np.any(flags[number]))))
-    problems.need(trials, folder, "no episodes", "1 or more", "to record some")
-    problems.stop()
-    return trials
 
 
 def count_trials(args):

@@ -31,6 +31,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import http.client
 import inspect
 import io
 import itertools
@@ -43,11 +44,13 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import symtable
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import types
 import unittest.mock
@@ -59,6 +62,7 @@ from envs import FREE
 from envs import Waypoint
 import imageio.v2 as imageio
 import imageio_ffmpeg
+import msgpack
 import mujoco
 import numpy as np
 from PIL import Image
@@ -69,6 +73,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file
 import torch
 import torch.nn.functional as F
+import websockets.sync.client
 
 import evaluate
 import policies
@@ -1384,6 +1389,8 @@ ARCH_INSTALLED = {
     "numpy",
     "imageio",
     "tqdm",
+    "msgpack",
+    "websockets",
     "pyarrow",
     "matplotlib",
 }
@@ -4553,6 +4560,512 @@ def test_evaluate_ends_all_processes(number, tmp_path):
     else:
         assert child.returncode == 130 and "interrupted" in error
     assert "--resume goes on" in error
+
+
+# ---- serving -----------------------------------------------------------------------------------
+# The client below is written from the description of the protocol, and shares no code with
+# evaluate.py.
+
+
+SERVE_ARRAY = {b"__ndarray__", b"data", b"dtype", b"shape"}
+
+
+def serve_pack(message):
+    def pack(value):
+        if isinstance(value, np.generic):
+            return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+        data = value.tobytes()
+        return {b"__ndarray__": True, b"data": data, b"dtype": value.dtype.str,
+                b"shape": value.shape}
+
+    return msgpack.packb(message, default=pack)
+
+
+def serve_unpack(message):
+    def unpack(value):
+        if b"__ndarray__" not in value:
+            return value
+        assert set(value) == SERVE_ARRAY and value[b"__ndarray__"] is True
+        return np.ndarray(value[b"shape"], value[b"dtype"], value[b"data"])
+
+    return msgpack.unpackb(message, object_hook=unpack)
+
+
+class ServeClient:
+    """A client of the protocol, with the interface of openpi-client's WebsocketClientPolicy."""
+
+    def __init__(self, host, port):
+        connect = websockets.sync.client.connect(
+            f"ws://{host}:{port}", compression=None, max_size=None
+        )
+        self.socket = connect.__enter__()
+        self.metadata = serve_unpack(self.socket.recv())
+
+    def get_server_metadata(self):
+        return self.metadata
+
+    def infer(self, observation):
+        return self.send(serve_pack(observation))
+
+    def send(self, message):
+        self.socket.send(message)
+        answer = self.socket.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return serve_unpack(answer)
+
+
+@contextlib.contextmanager
+def serve_policy(policy, *cameras, **options):
+    """Serve a policy in threads of this process; yield a function that connects a client."""
+    service = evaluate.PolicyServer(policy, cameras, **options)
+    server = service.listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield functools.partial(ServeClient, *server.socket.getsockname())
+    finally:
+        server.shutdown()
+        thread.join()
+        service.traffic.close()
+
+
+@functools.cache
+def serve_bundled(kind):
+    policy = policies.load_policy(kind, freeze="all")
+    policy.chunk = policy.horizon
+    return policy
+
+
+def serve_image(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape or (48, 64, 3), dtype=np.uint8)
+
+
+def serve_expected(policy, image, prompt, client=0):
+    """The first actions that a client gets for an image (H, W, 3): its number seeds the noise."""
+    seed = np.random.SeedSequence([evaluate.EVAL_SEED, client]).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
+    decision = policy.act(image[None], [prompt], decoding="deploy", generator=generator)
+    return decision.actions[0].numpy()
+
+
+SERVE_SHAPES = dict(  # camera, observation of an image
+    libero=("image", lambda image: {
+        "observation/image": image,
+        "observation/wrist_image": serve_image(1),
+        "observation/state": np.zeros(8, np.float32),
+        "prompt": "open the drawer",
+    }),
+    droid=("exterior_image_1_left", lambda image: {
+        "observation/exterior_image_1_left": image,
+        "observation/wrist_image_left": serve_image(1),
+        "observation/joint_position": np.zeros(7),
+        "observation/gripper_position": np.zeros(1),
+        "prompt": "open the drawer",
+    }),
+    aloha=("cam_high", lambda image: {
+        "state": np.zeros(14),
+        "images": dict(cam_high=image.transpose(2, 0, 1), cam_low=serve_image(1, 3, 48, 64)),
+        "prompt": "open the drawer",
+    }),
+)
+
+
+@pytest.mark.parametrize("kind, horizon", [("openvla", 1), ("pi05", 8)])
+@pytest.mark.parametrize("shape", SERVE_SHAPES)
+def test_serve_answers_as_act_does(kind, horizon, shape):
+    camera, observe = SERVE_SHAPES[shape]
+    policy = serve_bundled(kind)
+    image = serve_image(0)
+    with serve_policy(policy, camera) as connect:
+        client = connect()
+        answer = client.infer(observe(image))
+        later = client.infer(observe(image))
+    assert client.metadata["policy"] == kind and client.metadata["cameras"] == [camera]
+    assert answer["actions"].shape == (horizon, 7) and answer["actions"].dtype == np.float32
+    assert np.array_equal(answer["actions"], serve_expected(policy, image, "open the drawer"))
+    assert not np.array_equal(answer["actions"], later["actions"]), "other noise"
+    for each, timings in ((answer, {"infer_ms"}), (later, {"infer_ms", "prev_total_ms"})):
+        assert set(each) == {"actions", "policy_timing", "server_timing"}
+        assert set(each["policy_timing"]) == {"infer_ms"}
+        assert set(each["server_timing"]) == timings
+
+
+def test_serve_gives_every_client_its_own_answers():
+    """Four clients at once: requests of one client change no other one's noise."""
+    policy = serve_bundled("pi05")
+    prompts = ["open the drawer", "close the drawer", "push the red cube", "pick up the red cube"]
+    with serve_policy(policy, "image") as connect:
+        clients = [connect() for _ in prompts]
+
+        def ask(k):
+            request = {"observation/image": serve_image(k), "prompt": prompts[k]}
+            return [clients[k].infer(request)["actions"] for _ in range(5)]
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(ask, range(4)))
+    for k, answers in enumerate(got):
+        expected = serve_expected(policy, serve_image(k), prompts[k], client=k)
+        assert np.array_equal(answers[0], expected)
+        assert len({answer.tobytes() for answer in answers}) == 5
+
+
+def test_serve_takes_what_openpi_takes():
+    image = serve_image(0)
+    stub = EvaluateStub(reads_state=True)
+    stub.image_ndims = (4, 5)
+    ask = {"observation.images.front": image, "state": np.arange(8), "prompt": "push"}
+    for_several = {"images": dict(front=image, wrist=serve_image(1)), "observation/state": np.ones(3)}
+    with serve_policy(stub, "front", prompt="wait") as connect:
+        client = connect()
+        for form in (
+            image,
+            image.transpose(2, 0, 1),
+            image / 255,
+            (image.transpose(2, 0, 1) / 255).astype(np.float16),
+            image.astype(">f4") / 255,
+        ):
+            client.infer({**ask, "observation.images.front": form})
+            assert np.array_equal(stub.calls[-1].images, image[None])
+        assert np.array_equal(stub.calls[-1].state, np.arange(8, dtype=np.float32)[None])
+        assert stub.calls[-1].decoding == "deploy"
+        for prompt in ("push", b"push", np.array("push"), np.str_("push")):
+            client.infer({**ask, "prompt": prompt})
+            assert stub.calls[-1].instructions == ["push"]
+        del ask["prompt"]
+        client.infer({**ask, "time": np.float64(0.5), "nothing": None, "list": [1, [2]]})
+        assert stub.calls[-1].instructions == ["wait"]
+    with serve_policy(stub, "observation.images.wrist", "front") as connect:
+        connect().infer({**for_several, "prompt": "push"})
+    assert np.array_equal(stub.calls[-1].images, np.stack([serve_image(1), image])[None])
+    assert stub.calls[-1].state.shape == (1, 3)
+
+
+SERVE_GOOD = {"observation/image": serve_image(0), "prompt": "push"}
+SERVE_BAD_ARRAY = {b"__ndarray__": True, b"data": b"123", b"dtype": "|u1", b"shape": [3]}
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"prompt": "push"}, "camera image: got an observation of ['prompt']; need one image"),
+        ({**SERVE_GOOD, "images": {"image": 1}}, "camera image: got an observation of ["),
+        ({**SERVE_GOOD, "observation/image": "x"}, "observation/image: got a text of 1 char"),
+        ({**SERVE_GOOD, "observation/image": np.zeros((8, 8), "u1")}, "image: got uint8 (8, 8)"),
+        ({**SERVE_GOOD, "observation/image": np.zeros((1, 8, 8, 3), "u1")}, "got uint8 (1, 8"),
+        ({**SERVE_GOOD, "observation/image": np.zeros((0, 8, 3), "u1")}, "got uint8 (0, 8, 3)"),
+        ({**SERVE_GOOD, "observation/image": np.zeros((1, 9999, 3), "u1")}, "got uint8 (1, 9999"),
+        ({**SERVE_GOOD, "observation/image": np.zeros((8, 8, 3), int)}, "image: got int64"),
+        ({**SERVE_GOOD, "observation/image": 1.1 * np.ones((8, 8, 3))}, "values 1.1 to 1.1; need"),
+        ({**SERVE_GOOD, "observation/image": np.full((8, 8, 3), np.nan)}, "values nan to nan"),
+        ({"observation/image": serve_image(0)}, "prompt: got none"),
+        ({**SERVE_GOOD, "prompt": " "}, "prompt: got a text of 1 characters; need a text of 1 to"),
+        ({**SERVE_GOOD, "prompt": 2000 * "push "}, "prompt: got a text of 10000 characters"),
+        ({**SERVE_GOOD, "prompt": 5}, "prompt: got int"),
+        ([SERVE_GOOD], "message: got no map"),
+        ({"image": {**SERVE_BAD_ARRAY, b"dtype": "|O"}}, "got ValueError, an array of object"),
+        ({"image": {**SERVE_BAD_ARRAY, b"dtype": "i4,f4"}}, "got ValueError, an array of [("),
+        ({"image": {**SERVE_BAD_ARRAY, b"dtype": "f4,("}}, "message: got SyntaxError"),
+        ({"image": {**SERVE_BAD_ARRAY, b"dtype": "<c8"}}, "got ValueError, an array of complex64"),
+        ({"image": {**SERVE_BAD_ARRAY, b"shape": [10**12]}}, "message: got ValueError, cannot resh"),
+        ({"image": {**SERVE_BAD_ARRAY, b"shape": "x"}}, "message: got TypeError"),
+        ({"image": {b"__ndarray__": True}}, "message: got KeyError"),
+        ({"a": [1000 * [[]], 1000 * [{}]]}, "message: got ValueError, more than 1024 maps and"),
+        ({1: 2}, "message: got ValueError, int is not allowed for map key"),
+        (b"\xdd\xff\xff\xff\xff", "message: got ValueError, 4294967295 exceeds max_array_len"),
+        (b"\x81\xa1a" + 5000 * b"\x91", "message: got StackError"),
+        (b"\x81\xa1a\xc5\xff\xffab", "message: got ValueError, Unpack failed"),
+        (b"\xc1", "message: got FormatError"),
+        (b"", "message: got ValueError, Unpack failed"),
+        ("push", "message: got a text message; need a map"),
+    ],
+)
+def test_serve_refuses_in_one_line(wrong, said):
+    """A wrong request ends its own connection; older and newer ones go on."""
+    message = wrong if isinstance(wrong, (bytes, str)) else serve_pack(wrong)
+    with serve_policy(EvaluateStub(), "image") as connect:
+        other = connect()
+        client = connect()
+        with pytest.raises(RuntimeError) as error:
+            client.send(message)
+        text = str(error.value)
+        assert said in text and re.fullmatch(".+: got .*; need .*; try .*", text), text
+        with pytest.raises(websockets.ConnectionClosedError) as closed:
+            client.socket.recv()
+        assert closed.value.rcvd.code == 1011
+        assert closed.value.rcvd.reason.endswith("Traceback included in previous frame.")
+        assert len(other.infer(SERVE_GOOD)["actions"]) == 1
+        assert len(connect().infer(SERVE_GOOD)["actions"]) == 1
+
+
+def serve_refusal(policy, cameras, observation):
+    """What a server of these cameras answers to an observation."""
+    with serve_policy(policy, *cameras) as connect, pytest.raises(RuntimeError) as error:
+        connect().infer(observation)
+    return str(error.value)
+
+
+def test_serve_never_guesses_cameras_or_states():
+    one = {"observation/image": serve_image(0), "prompt": "push"}
+    two = {**one, "observation/wrist_image": serve_image(0)}
+    with serve_policy(EvaluateStub()) as connect:           # no names: the only image
+        connect().infer(one)
+    said = serve_refusal(EvaluateStub(), [], two)
+    assert "image: got an observation of ['observation/image', 'prompt', 'observation/wr" in said
+    assert "need one image" in said and "--camera" in said
+    stub = EvaluateStub(reads_state=True)
+    joints = {**one, "observation/joint_position": np.zeros(7)}
+    said = serve_refusal(stub, ["image"], joints)
+    assert "state: got none, in an observation of" in said and "joint_position" in said
+    for state in (np.zeros((1, 8)), np.full(8, np.nan), np.array("x"), [0.0]):
+        assert "state: got" in serve_refusal(stub, ["image"], {**one, "state": state})
+    stub = EvaluateStub()
+    stub.image_ndims = (4, 5)
+    other = {**one, "observation/wrist_image": serve_image(0, 8, 8, 3)}
+    said = serve_refusal(stub, ["image", "wrist_image"], other)
+    assert "images: got [(48, 64, 3), (8, 8, 3)]; need the same" in said
+    with pytest.raises(ValueError, match="--camera: got 2 cameras, .* need at most 1"):
+        evaluate.PolicyServer(EvaluateStub(), ["a", "b"])
+
+
+def test_serve_tells_what_the_checkpoint_says():
+    stub = EvaluateStub()
+    stub.deployment = dict(
+        cameras=["observation.images.front"], control_hz=5, actions="deltas",
+        instructions=["open the drawer"], statistics="demonstrations", base=dict(name="x"),
+    )
+    with serve_policy(stub) as connect:
+        client = connect()
+        client.infer({"observation/front": serve_image(0)})
+    assert stub.calls[-1].instructions == ["open the drawer"]
+    told = dict(policy="EvaluateStub", horizon=1, reads_state=False, decoding="deploy")
+    assert client.metadata == {**stub.deployment, **told}
+    with pytest.raises(ValueError, match="--camera: got 2 .*; try a name for each"):
+        stub.image_ndims = (4, 5)
+        evaluate.PolicyServer(stub, ["a", "b"])
+
+
+def test_serve_an_error_of_the_policy_is_a_line_too():
+    stub = EvaluateStub()
+    with serve_policy(stub, "image") as connect:
+        stub.act = lambda *_, **__: 1 / 0
+        with pytest.raises(RuntimeError, match="^ZeroDivisionError: division by zero$"):
+            connect().infer(SERVE_GOOD)
+        del stub.act
+        connect().infer(SERVE_GOOD)
+
+
+def test_serve_survives_broken_connections(monkeypatch):
+    """Half a message, a disconnect within it, one that is too long, requests without waiting."""
+    monkeypatch.setattr(evaluate, "MAX_MESSAGE", 20_000)
+    half = bytes([0x82, 0xFF]) + (10_000).to_bytes(8, "big") + bytes(4 + 100)   # of 10,000 bytes
+    with serve_policy(EvaluateStub(), "image") as connect:
+        stuck = connect()
+        stuck.socket.socket.sendall(half)
+        gone = connect()
+        gone.socket.socket.sendall(half)
+        gone.socket.socket.shutdown(2)
+        long = connect()
+        with pytest.raises(websockets.ConnectionClosedError, match="1009 .message too big"):
+            long.send(bytes(20_001))
+        hasty = connect()
+        for _ in range(20):
+            hasty.socket.send(serve_pack(SERVE_GOOD))
+        for _ in range(20):
+            hasty.socket.recv()
+        connect().infer(SERVE_GOOD)
+        stuck.socket.socket.shutdown(2)
+
+
+def test_serve_answers_pings_while_the_policy_acts():
+    acting = threading.Event()
+    finish = threading.Event()
+    stub = EvaluateStub()
+    act = stub.act
+
+    def slow(*arguments, **options):
+        acting.set()
+        assert finish.wait(30)
+        return act(*arguments, **options)
+
+    stub.act = slow
+    with serve_policy(stub, "image") as connect:
+        client = connect()
+        client.socket.send(serve_pack(SERVE_GOOD))
+        assert acting.wait(30)
+        assert client.socket.ping().wait(30)
+        assert connect().metadata["policy"] == "EvaluateStub"
+        finish.set()
+        client.socket.recv()
+
+
+def test_serve_healthz_and_nothing_for_browsers():
+    with serve_policy(EvaluateStub(), "image") as connect:
+        host, port = connect.args
+
+        def get(path):
+            connection = http.client.HTTPConnection(host, port, timeout=30)
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+        assert get("/healthz") == (200, b"OK\n")
+        assert get("/")[0] == 426
+        url = f"ws://{host}:{port}/any/path"
+        headers = {"Authorization": "Api-Key x"}
+        with websockets.sync.client.connect(url, additional_headers=headers) as socket:
+            assert socket.protocol.extensions == []         # the server compresses nothing
+            assert serve_unpack(socket.recv())["cameras"] == ["image"]
+        with pytest.raises(websockets.InvalidStatus, match="403"):
+            websockets.sync.client.connect(url, origin="http://somewhere").__enter__()
+
+
+@pytest.fixture
+def serve_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_command(number, serve_port, capsys):
+    """Serves the whole horizon; Ctrl-C or SIGTERM ends it, a client still being connected."""
+    def use():
+        try:
+            for _ in range(600):
+                with contextlib.suppress(OSError):
+                    client = ServeClient("127.0.0.1", serve_port)
+                    break
+                time.sleep(0.05)
+            request = {"observation/front": serve_image(0), "prompt": b"open the drawer"}
+            return client.infer(request)["actions"]
+        finally:
+            os.kill(os.getpid(), number)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        actions = pool.submit(use)
+        evaluate.main(f"--serve --checkpoint pi05 --camera front --port {serve_port}".split())
+    expected = serve_expected(serve_bundled("pi05"), serve_image(0), "open the drawer")
+    assert np.array_equal(actions.result(), expected)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].startswith(
+        f"serving pi05 at ws://127.0.0.1:{serve_port}; cameras: front; actions an answer: 8; "
+    )
+    assert "1request" in said.err and "median" in said.err and "p99" in said.err
+    assert "warning" not in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--serve", "--serve: got 0 checkpoints; need one"),
+        ("--serve --checkpoint openvla pi05", "--serve: got 2 checkpoints; need one"),
+        ("--serve --checkpoint pi05 --task all --resume", "--serve: got --task --resume beside it"),
+        ("--serve --checkpoint pi05 --port 70000", "--port: got 70000; need 0 to 65535"),
+        ("--serve --checkpoint pi05 --port {busy}", "{busy} (Address already in use"),
+        ("--serve --checkpoint pi05 --host 203.0.113.1", "got 203.0.113.1 8000 ("),
+        ("--serve --checkpoint openvla --camera a b", "--camera: got 2 cameras, ['a', 'b']; need at"),
+        ("--checkpoint pi05 --camera front --port 9", "--port --camera: got no --serve; need it"),
+        ("--trials x --seed 5", "--trials: got --seed beside it; need nothing but it"),
+        ("--trials x", "--trials: got x ("),
+    ],
+)
+def test_serve_flags_are_refused(flags, said, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = taken.getsockname()[1]
+        status, text = evaluate_command(flags.format(busy=busy), capsys)
+    assert status == 1 and said.format(busy=busy) in text and "Traceback" not in text
+    assert re.fullmatch("error: .*: got .*; need .*; try .*", text.splitlines()[-1]), text
+
+
+def test_serve_warns_of_an_open_port(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load", lambda *_: EvaluateStub())
+    monkeypatch.setattr(EvaluateStub, "horizon", 1, raising=False)
+    flags = "--serve --checkpoint pi05 --port 0 --host 0.0.0.0".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+        args = evaluate.parse(flags)
+        with pytest.warns(UserWarning, match="--host 0.0.0.0: there is no authentication"):
+            evaluate.serve(args)
+    assert "ws://0.0.0.0:" in capsys.readouterr().out
+
+
+def serve_trials(folder, outcomes, old=False):
+    """Write a LeRobot data set of trials with real_data.py; add what a person has judged.
+
+    outcomes: for each episode, next.success of its last frame, or None. old: v2.1
+    """
+    data_write(folder, [3] * len(outcomes))
+    [file] = folder.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    flags = []
+    for outcome in outcomes:
+        flags += [False, False, outcome]
+    table = table.append_column("next.success", pa.array(flags, pa.bool_()))
+    pq.write_table(table, file)
+    if old:
+        rows = pq.read_table(folder / "meta/episodes").to_pylist()
+        shutil.rmtree(folder / "meta/episodes")
+        lines = [json.dumps(row) for row in rows]
+        (folder / "meta/episodes.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_serve_trials_are_counted(old, tmp_path, capsys):
+    serve_trials(tmp_path / "robot", [True, False, True, True], old)
+    evaluate.main(["--trials", str(tmp_path / "robot")])
+    lines = capsys.readouterr().out.splitlines()
+    low, high = evaluate.wilson(3, 4)
+    assert lines[0].split("  ")[-1] == "n" and len(lines) == 4
+    for line, text, rate, n in zip(lines[1:], sorted(DATA_TASKS), ("100.0%", "50.0%"), (2, 2)):
+        pass
+    assert lines[-1].split()[1:] == ["all", "75.0%", f"{low:.1%}", "-", f"{high:.1%}", "4"]
+    by_task = {DATA_TASKS[0]: "100.0%", DATA_TASKS[1]: "50.0%"}
+    for line in lines[1:3]:
+        [task] = [task for task in by_task if task in line]
+        assert by_task[task] in line and line.endswith("  2")
+
+
+def test_serve_trials_without_a_verdict_are_refused(tmp_path, capsys):
+    serve_trials(tmp_path / "robot", [True, None])
+    status, text = evaluate_command(f"--trials {tmp_path}/robot", capsys)
+    assert status == 1 and "episode 1: got frames without next.success; need true or" in text
+    data_write(tmp_path / "plain")
+    status, text = evaluate_command(f"--trials {tmp_path}/plain", capsys)
+    assert status == 1 and "need a LeRobot data set with a column next.success; try" in text
+    assert len(text.splitlines()) == 1
+
+
+def test_serve_the_loop_of_the_readme(tmp_path, monkeypatch, capsys):
+    """It runs two trials at the control rate and records what evaluate.py counts."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    [loop] = [block for block in blocks if "def run_trial(" in block]
+    client = types.ModuleType("websocket_client_policy")
+    robot = unittest.mock.Mock()
+    robot.observe.return_value = (serve_image(0), np.ones(8, np.float32))
+    dataset = unittest.mock.Mock(episode_buffer={"next.success": []})
+    episodes = []
+
+    def add_frame(frame):
+        dataset.episode_buffer["next.success"].append(frame.pop("next.success"))
+
+    def save_episode():
+        episodes.append(dataset.episode_buffer["next.success"])
+        dataset.episode_buffer = {"next.success": []}
+
+    dataset.add_frame = add_frame
+    dataset.save_episode = save_episode
+    monkeypatch.setitem(sys.modules, "openpi_client", types.ModuleType("openpi_client"))
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", client)
+    monkeypatch.setattr(builtins, "input", unittest.mock.Mock(side_effect=["y", "n"]))
+    with serve_policy(serve_bundled("pi05"), "front") as connect:
+        client.WebsocketClientPolicy = lambda host, port: connect()
+        space = {}
+        exec(loop, space)
+        for _ in range(2):
+            space["run_trial"](robot, dataset, "open the drawer", steps=6, hz=1000)
+    assert robot.move.call_count == 16
+    assert [len(flags) for flags in episodes] == [8, 8]
+    assert [bool(np.any(flags)) for flags in episodes] == [True, False]
 
 
 # ---- learning ----------------------------------------------------------------------------------
