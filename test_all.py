@@ -4715,7 +4715,7 @@ def test_serve_takes_what_openpi_takes():
     stub = EvaluateStub(reads_state=True)
     stub.image_ndims = (4, 5)
     ask = {"observation.images.front": image, "state": np.arange(8), "prompt": "push"}
-    for_several = {"images": dict(front=image, wrist=serve_image(1)), "observation/state": np.ones(3)}
+    several = dict(front=image, wrist=serve_image(1))
     with serve_policy(stub, "front", prompt="wait") as connect:
         client = connect()
         for form in (
@@ -4736,7 +4736,7 @@ def test_serve_takes_what_openpi_takes():
         client.infer({**ask, "time": np.float64(0.5), "nothing": None, "list": [1, [2]]})
         assert stub.calls[-1].instructions == ["wait"]
     with serve_policy(stub, "observation.images.wrist", "front") as connect:
-        connect().infer({**for_several, "prompt": "push"})
+        connect().infer({"images": several, "observation/state": np.ones(3), "prompt": "push"})
     assert np.array_equal(stub.calls[-1].images, np.stack([serve_image(1), image])[None])
     assert stub.calls[-1].state.shape == (1, 3)
 
@@ -4767,7 +4767,7 @@ SERVE_BAD_ARRAY = {b"__ndarray__": True, b"data": b"123", b"dtype": "|u1", b"sha
         ({"image": {**SERVE_BAD_ARRAY, b"dtype": "i4,f4"}}, "got ValueError, an array of [("),
         ({"image": {**SERVE_BAD_ARRAY, b"dtype": "f4,("}}, "message: got SyntaxError"),
         ({"image": {**SERVE_BAD_ARRAY, b"dtype": "<c8"}}, "got ValueError, an array of complex64"),
-        ({"image": {**SERVE_BAD_ARRAY, b"shape": [10**12]}}, "message: got ValueError, cannot resh"),
+        ({"image": {**SERVE_BAD_ARRAY, b"shape": [10**12]}}, "got ValueError, cannot reshape"),
         ({"image": {**SERVE_BAD_ARRAY, b"shape": "x"}}, "message: got TypeError"),
         ({"image": {b"__ndarray__": True}}, "message: got KeyError"),
         ({"a": [1000 * [[]], 1000 * [{}]]}, "message: got ValueError, more than 1024 maps and"),
@@ -4963,7 +4963,7 @@ def test_serve_command(number, serve_port, capsys):
         ("--serve --checkpoint pi05 --port 70000", "--port: got 70000; need 0 to 65535"),
         ("--serve --checkpoint pi05 --port {busy}", "{busy} (Address already in use"),
         ("--serve --checkpoint pi05 --host 203.0.113.1", "got 203.0.113.1 8000 ("),
-        ("--serve --checkpoint openvla --camera a b", "--camera: got 2 cameras, ['a', 'b']; need at"),
+        ("--serve --checkpoint openvla --camera a b", "--camera: got 2 cameras, ['a', 'b']; "),
         ("--checkpoint pi05 --camera front --port 9", "--port --camera: got no --serve; need it"),
         ("--trials x --seed 5", "--trials: got --seed beside it; need nothing but it"),
         ("--trials x", "--trials: got x ("),
@@ -5016,8 +5016,6 @@ def test_serve_trials_are_counted(old, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     low, high = evaluate.wilson(3, 4)
     assert lines[0].split("  ")[-1] == "n" and len(lines) == 4
-    for line, text, rate, n in zip(lines[1:], sorted(DATA_TASKS), ("100.0%", "50.0%"), (2, 2)):
-        pass
     assert lines[-1].split()[1:] == ["all", "75.0%", f"{low:.1%}", "-", f"{high:.1%}", "4"]
     by_task = {DATA_TASKS[0]: "100.0%", DATA_TASKS[1]: "50.0%"}
     for line in lines[1:3]:
@@ -5035,37 +5033,31 @@ def test_serve_trials_without_a_verdict_are_refused(tmp_path, capsys):
     assert len(text.splitlines()) == 1
 
 
-def test_serve_the_loop_of_the_readme(tmp_path, monkeypatch, capsys):
-    """It runs two trials at the control rate and records what evaluate.py counts."""
+def test_serve_the_loop_of_the_readme(monkeypatch):
+    """It moves a robot, and records frames with a person's verdict."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     [loop] = [block for block in blocks if "def run_trial(" in block]
-    client = types.ModuleType("websocket_client_policy")
     robot = unittest.mock.Mock()
-    robot.observe.return_value = (serve_image(0), np.ones(8, np.float32))
-    dataset = unittest.mock.Mock(episode_buffer={"next.success": []})
-    episodes = []
-
-    def add_frame(frame):
-        dataset.episode_buffer["next.success"].append(frame.pop("next.success"))
-
-    def save_episode():
-        episodes.append(dataset.episode_buffer["next.success"])
-        dataset.episode_buffer = {"next.success": []}
-
-    dataset.add_frame = add_frame
-    dataset.save_episode = save_episode
+    robot.image.return_value = serve_image(0)
+    robot.state.return_value = np.ones(8, np.float32)
+    dataset = unittest.mock.Mock()
+    answers = ["y"] + 19 * ["n"]
+    monkeypatch.setattr(builtins, "input", unittest.mock.Mock(side_effect=answers))
+    monkeypatch.setattr(time, "sleep", unittest.mock.Mock())
+    package = types.ModuleType("openpi_client.websocket_client_policy")
     monkeypatch.setitem(sys.modules, "openpi_client", types.ModuleType("openpi_client"))
-    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", client)
-    monkeypatch.setattr(builtins, "input", unittest.mock.Mock(side_effect=["y", "n"]))
-    with serve_policy(serve_bundled("pi05"), "front") as connect:
-        client.WebsocketClientPolicy = lambda host, port: connect()
-        space = {}
-        exec(loop, space)
-        for _ in range(2):
-            space["run_trial"](robot, dataset, "open the drawer", steps=6, hz=1000)
-    assert robot.move.call_count == 16
-    assert [len(flags) for flags in episodes] == [8, 8]
-    assert [bool(np.any(flags)) for flags in episodes] == [True, False]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    policy = EvaluateStub(chunk=8, value=0.01)
+    with serve_policy(policy, "front") as connect:
+        package.WebsocketClientPolicy = lambda host, port: connect()
+        exec(loop, dict(robot=robot, dataset=dataset))
+    assert len(policy.calls) == 20 * 60 // 4
+    assert robot.move.call_count == dataset.add_frame.call_count == 20 * 60
+    assert dataset.save_episode.call_count == 20 and dataset.finalize.call_count == 1
+    frames = [call.args[0] for call in dataset.add_frame.call_args_list]
+    assert [frame["next.success"].tolist() for frame in frames] == 60 * [[True]] + 1140 * [[False]]
+    assert frames[0]["task"] == "open the drawer" and frames[0]["action"].shape == (7,)
+    assert np.array_equal(robot.move.call_args_list[0].args[0], frames[0]["action"])
 
 
 # ---- learning ----------------------------------------------------------------------------------
