@@ -79,7 +79,7 @@ from mujoco.batch import Batch
 from mujoco.batch import SimulationError
 
 DOMAINS = ("sim", "real", "pretrain")
-VARIANTS = ("seen", "unseen-objects", "unseen-states", "whole-table")
+VARIANTS = ("demonstrated", "other-places", "whole-table", "unseen-objects")
 RANDOMISE = ("places", "visual", "dynamics")
 
 # ---- constants -----------------------------------------------------------------------------
@@ -97,9 +97,9 @@ LOOK_AT = np.array([.45, -.045, .08])  # m
 FINGER_OPEN = .04              # m a finger
 FINGER_CLOSED = -.01           # m; a negative set-point squeezes thin objects
 OPEN, CLOSE = 1, -1            # the gripper's action
-# m, width of the band around the demonstrated box of starts. `unseen-states` starts in the band,
-# `whole-table`, and practice with randomised places, in both.
-UNSEEN_BAND = .04
+# Demonstrations start in a box of each task, as a person covers a part of the table. The other
+# places are the band around that box, of this width [m].
+OTHER_PLACES_BAND = .04
 REWARD_TOUCH = .2              # once an episode, at the first touch or grasp
 REWARD_SUCCESS = 1.            # at success, which ends the episode
 FREE = 9                       # qpos[:7] is the arm, [7:9] the fingers, [FREE:] is the task's
@@ -215,8 +215,8 @@ class PickPlace(Task):
         if sampled.shape in ROUND:
             yaw = 0.
         while True:
-            xy = env.start_xy(rng, self.OBJECT_START)
-            dish = env.start_xy(rng, self.DISH_START)
+            xy = env.start_xy(i, rng, self.OBJECT_START)
+            dish = env.start_xy(i, rng, self.DISH_START)
             if np.linalg.norm(xy - dish) >= self.APART:
                 break
         scene.qpos[i, FREE:] = *xy, sampled.rest, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
@@ -291,7 +291,7 @@ class PushCube(Task):
             rgb = sample(rng, sampled.cubes[colour])
             scene.set_geom(i, f"cube{k}", rgba=(*rgb, 1))
             yaw = rng.uniform(-self.YAW, self.YAW)
-            xy = env.start_xy(rng, self.START) + (0, self.LANES[k])
+            xy = env.start_xy(i, rng, self.START) + (0, self.LANES[k])
             sampled.starts[k] = xy
             pose = *xy, self.HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
             first = FREE + 7 * k
@@ -393,7 +393,7 @@ class Drawer(Task):
         scene.field("jnt_range")[i, FREE, 1] = sampled.stroke
         scene.field("dof_frictionloss")[i, FREE] = sampled.drawer_friction
         scene.field("dof_damping")[i, FREE] = sampled.drawer_damping
-        x, y = env.start_xy(rng, self.START)
+        x, y = env.start_xy(i, rng, self.START)
         scene.mocap_pos[i, 1, :2] = x, LOOK_AT[1] + sampled.side * (y - LOOK_AT[1])
         scene.mocap_quat[i, 1] = (1, 0, 0, 0) if sampled.side == 1 else (0, 0, 0, 1)
         if self.opens:
@@ -728,7 +728,7 @@ def make_env(task, domain="sim", num_envs=1, seed=0, image_size=64, workers=1, *
 
 
 # ---- environments --------------------------------------------------------------------------
-def check_options(task, domain, num_envs, image_size, variant="seen", randomise=(), group=1,
+def check_options(task, domain, num_envs, image_size, variant="demonstrated", randomise=(), group=1,
                   workers=1):
     """Raise one ValueError with everything that is wrong in the arguments of an environment."""
     problems = Problems()
@@ -760,8 +760,10 @@ class VecEnv:
     num_envs        N
     seed            which sequence of episodes
     image_size      pixels (H = W), 8 to 512; 0 = no images and no OpenGL
-    variant         "unseen-objects": held-out shapes and colours; "unseen-states": held-out starts;
-                    "whole-table": all starts; none of them exists in `pretrain`
+    variant         where episodes start, and with what: "demonstrated", in the places of the
+                    demonstrations; "other-places", beside them; "whole-table", even episodes
+                    in the demonstrated places and odd ones in the others; "unseen-objects",
+                    held-out shapes and colours. Only the first exists in `pretrain`
     randomise       which of RANDOMISE are drawn: places as in "whole-table", the others as in
                     `pretrain`, but for the camera (NEAR_CAMERA)
     first_episode, episode_stride, group
@@ -772,8 +774,9 @@ class VecEnv:
                     and is not rendered again until reset() (for evaluation)
     """
 
-    def __init__(self, task, domain, num_envs, seed, image_size, variant="seen", randomise=(),
-                 first_episode=0, episode_stride=1, group=1, worker=(0, 1), auto_reset=True):
+    def __init__(self, task, domain, num_envs, seed, image_size, variant="demonstrated",
+                 randomise=(), first_episode=0, episode_stride=1, group=1, worker=(0, 1),
+                 auto_reset=True):
         check_options(task, domain, num_envs, image_size, variant, randomise, group)
         self.num_envs = num_envs
         self.seed = seed
@@ -784,8 +787,7 @@ class VecEnv:
         self.group = group
         self.worker = worker
         self.auto_reset = auto_reset
-        self.inside = variant != "unseen-states"             # starts in the demonstrated box, and
-        self.outside = variant in ("unseen-states", "whole-table") or "places" in randomise
+        self.variant = "whole-table" if "places" in randomise else variant
         self.distributions = distributions(domain, variant, randomise)
         self.tasks = list(TASKS) if task == "all" else [task]
         self.known_tasks = np.array(list(TASKS))
@@ -855,9 +857,8 @@ class VecEnv:
         for i in ids:
             self.arrange(i)
         sampled = self.sampled[ids]
-        reach = UNSEEN_BAND if self.outside else 0.
         start_joints = np.array([one.start_joints * one.arm[:7] for one in sampled])  # rad
-        start_tcp = np.array([(one.start_tcp + reach) * one.arm[7:] for one in sampled])  # m
+        start_tcp = np.array([one.start_tcp * one.arm[7:] for one in sampled])  # m
         tcp, frame, _ = forward_kinematics(HOME + start_joints)
         tcp = np.clip(tcp + start_tcp, *WORKSPACE)
         joints = inverse_kinematics(HOME + start_joints, tcp, frame)
@@ -899,6 +900,10 @@ class VecEnv:
         sampled.repeats = visual.random(task.horizon + 1) < sampled.stale  # image t is t - 1
         sampled.noise_seed = visual.integers(1 << 20)
         sampled.arm = dynamics.uniform(-1, 1, 10)  # how far off HOME: 7 joints, xyz
+        odd = self.episode[i] % 2 == 1
+        sampled.elsewhere = self.variant == "other-places" or self.variant == "whole-table" and odd
+        if sampled.elsewhere:
+            sampled.start_tcp += OTHER_PLACES_BAND
         self.sampled[i] = sampled
         self.scale[i] = sampled.action_scale
         self.latency[i] = round(sampled.latency / (BLOCK_STEPS * PHYSICS_DT))
@@ -908,14 +913,14 @@ class VecEnv:
         scene.set_dynamics(i, sampled)
         task.place(self, scene, i, layout)
 
-    def start_xy(self, rng, box):
-        """Draw a start (2,) [m] from a box [low, high], from the band around it, or from both."""
+    def start_xy(self, i, rng, box):
+        """Draw a start (2,) [m] of environment i: from a box [low, high], or from the band."""
         low, high = box
-        if not self.outside:
+        if not self.sampled[i].elsewhere:
             return rng.uniform(low, high)
         while True:
-            xy = rng.uniform(low - UNSEEN_BAND, high + UNSEEN_BAND)
-            if self.inside or (xy < low).any() or (xy > high).any():
+            xy = rng.uniform(low - OTHER_PLACES_BAND, high + OTHER_PLACES_BAND)
+            if (xy < low).any() or (xy > high).any():
                 return xy
 
     def step(self, actions):
@@ -1056,7 +1061,7 @@ class ParallelEnv:
     also end with close(), with the last reference to the ParallelEnv, and with this process.
     """
 
-    def __init__(self, task, domain, num_envs, seed, image_size, workers, variant="seen",
+    def __init__(self, task, domain, num_envs, seed, image_size, workers, variant="demonstrated",
                  randomise=(), group=1, **options):
         check_options(task, domain, num_envs, image_size, variant, randomise, group, workers)
         self.num_envs = num_envs

@@ -10,11 +10,15 @@
     python evaluate.py --curves runs/*/metrics.jsonl                # learning curves of runs
     python evaluate.py --serve --checkpoint runs/co --camera front  # a policy server for a robot
     python evaluate.py --trials trials/co                           # count trials on a robot
+    python evaluate.py --study main                                 # the results, from nothing
 
 Checkpoint  A bundled name (openvla, pi05), a folder or a hub id. The folder of a run, RUN,
             stands for the policy in it, RUN/policy.
 Domains     sim, and "stand-in": the domain `real` of envs.py, a second simulation that takes
             the place of the real robot. No robot is attached.
+Places      Demonstrations cover a part of the table, practice in simulation all of it. The
+            headline is "whole-table": half of its episodes start in the demonstrated places and
+            half in the others, which the tables also show apart.
 Scenes      Episode k of (seed, task, domain, variant) is the same scene for every checkpoint,
             which makes paired comparisons possible. Demonstrations and RL use other seeds.
 Blocks      Episodes 25 b .. 25 b + 24 are block b: one batch of environments, with a generator
@@ -40,6 +44,9 @@ Resume      OUT/episodes.jsonl gets a line for each block that has ended. Ctrl-C
             when all have ended, the first --videos of each success rate stay.
 Deployment  --serve speaks the openpi policy protocol, see PolicyServer, until Ctrl-C, its normal
             end. --trials reads a LeRobot data set in which a person has judged each episode.
+Studies     --study trains and evaluates what is missing of a study, a process for each core, and
+            writes results/NAME: cells.json (each scene of each run), table.txt, figure.png. The
+            same command goes on after an interruption. A study lists the commands that it runs.
 Errors      One line, and exit status 1, or 130 after a signal. With the environment variable
             TRACEBACK=1, also where an error was raised.
 """
@@ -57,16 +64,20 @@ import math
 import multiprocessing
 import os
 import pathlib
+import queue
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import envs                 # first: it chooses the OpenGL backend before mujoco is imported
 import imageio
@@ -91,8 +102,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM}       # Ctrl-C, and what a cluster sen
 
 # ---- episodes -----------------------------------------------------------------------------------
 
-def run_episodes(policy, task, domain, episodes, *, variant="seen", seed=EVAL_SEED, blocks=None,
-                 decoding="deploy", ablation="none", frames=0, bar=None, env=None):
+def run_episodes(policy, task, domain, episodes, *, variant="whole-table", seed=EVAL_SEED,
+                 blocks=None, decoding="deploy", ablation="none", frames=0, bar=None, env=None):
     """Run a policy on the scenes 0 .. episodes - 1.
 
     policy    whatever passes policies.check_policy
@@ -228,10 +239,11 @@ def success_rates(policy, tasks, domains, episodes, rank=0, world=1, frames=0, l
         results[name] = sorted(together, key=lambda record: record["episode"])
         keep_frames(results[name], frames)
         if rank == 0:
-            row = summary(results[name])
-            interval = f"{row['low']:.1%} - {row['high']:.1%}"
-            tqdm.write(f"{label:14} {NAMES[domain]:9} {task:13} {row['success']:6.1%}   "
-                       f"n {row['n']}, 95 % interval {interval}")
+            for place, some in by_place("whole-table", results[name]).items():
+                row = summary(some)
+                interval = f"{row['low']:.1%} - {row['high']:.1%}"
+                tqdm.write(f"{label:14} {NAMES[domain]:9} {task:13} {place:13} "
+                           f"{row['success']:6.1%}   n {row['n']}, 95 % interval {interval}")
     return results
 
 
@@ -282,6 +294,15 @@ def summary(episodes):
         not episode["touched"] and not episode["success"] for episode in episodes
     )
     return row
+
+
+def by_place(variant, episodes):
+    """Return {variant: episodes}; those of the whole table also apart, by where they start."""
+    parts = {variant: episodes}
+    if variant == "whole-table":            # see envs.VecEnv
+        parts["demonstrated"] = [each for each in episodes if each["episode"] % 2 == 0]
+        parts["other-places"] = [each for each in episodes if each["episode"] % 2 == 1]
+    return {name: part for name, part in parts.items() if part}
 
 
 def compare(first, second):
@@ -574,6 +595,16 @@ TRIALS = {              # columns of count_trials()
     "95 % interval": "{low:.1%} - {high:.1%}",
     "n": "{n}",
 }
+GAINS = {               # columns of gain_table()
+    "task": "{task}",
+    "domain": "{domain}",
+    "places": "{places}",
+    "before": "{before[success]:.1%}",
+    "after": "{after[success]:.1%}",
+    "n": "{n}",
+    "gain": "{difference:+.1%}",
+    "95 % interval": "{low:+.1%} to {high:+.1%}",
+}
 
 
 def table(rows):
@@ -584,6 +615,11 @@ def table(rows):
 def comparison_table(rows):
     """Lay out comparisons. rows: compare() with second, first, task, domain and variant."""
     return lay_out(rows, COMPARISONS, left=5)
+
+
+def gain_table(rows):
+    """Lay out gains. rows: compare() with task, domain, places, and summary() before and after."""
+    return lay_out(rows, GAINS, left=3)
 
 
 def lay_out(rows, columns, left):
@@ -703,15 +739,6 @@ class Cell:
     variant: str
 
 
-# Flags that go with the other uses of this script: all others would do nothing, and are refused.
-MODES = dict(
-    curves=["out"],
-    trials=[],
-    serve=["checkpoint", "load", "decoding", "seed", "device", "dtype", "host", "port", "camera",
-           "prompt"],
-)
-
-
 def parse(argv):
     """Read the flags. One ValueError lists all that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -723,13 +750,19 @@ def parse(argv):
     add("--serve", action="store_true", help="serve one checkpoint to a robot instead")
     add("--trials", nargs="+", default=[],
         help="count the successes in these LeRobot data sets instead; nothing goes with it")
-    add("--task", default="open-drawer", choices=[*envs.TASKS, "all"],
-        help="the task, or all of them; default: open-drawer")
+    add("--study", choices=STUDIES,
+        help="train and evaluate what is missing of a study; --policy, --task, --seeds, "
+        "--episodes, --workers and --out go with it")
+    add("--seeds", type=int, default=3, help="of a study, 0 .. SEEDS - 1; default: 3")
+    add("--policy", nargs="+", default=[], help="of a study; default: openvla pi05")
+    add("--task", choices=[*envs.TASKS, "all"],
+        help="the task, or all of them; default: open-drawer, and all for a study")
     add("--domain", default="both", choices=["sim", "real", "both"],
         help="real: the stand-in for a real robot; default: both")
-    add("--variants", nargs="+", default=["seen"], choices=[*envs.VARIANTS, "all"],
-        help="objects and start positions; default: seen")
-    add("--episodes", type=int, default=100, help="of each success rate, >= 1; default: 100")
+    add("--variants", nargs="+", default=["whole-table"], choices=[*envs.VARIANTS, "all"],
+        help="places where episodes start, and objects; default: whole-table")
+    add("--episodes", type=int,
+        help="of each success rate, >= 1; default: 100, and 400 for a study")
     add("--load", nargs="+", default=[], metavar="KEY=VALUE",
         help="options of policies.load_policy, for each checkpoint")
     add("--out", help="folder; default: runs/eval-CHECKPOINT-TASK, or runs/curves")
@@ -739,8 +772,9 @@ def parse(argv):
         help="processes; they change no result; default: 0, one per CPU core, or per GPU")
     add("--decoding", default="deploy", choices=policies.DECODINGS,
         help="how actions are chosen; default: deploy")
-    add("--seed", type=int, default=EVAL_SEED,
-        help=f"seed of scenes and of the policy's noise, >= 0; default: {EVAL_SEED}")
+    add("--seed", type=int,
+        help="seed of scenes and of the policy's noise, >= 0; default: "
+        f"{EVAL_SEED}, and {STUDY_SEED} for a study")
     add("--videos", type=int, default=2,
         help="videos of successes, and of failures, for each success rate, >= 0; default: 2")
     add("--ablation", default="none", choices=ABLATIONS,
@@ -763,7 +797,13 @@ def parse(argv):
         if value != parser.get_default(flag):
             given.append(flag)
     args.command = shlex.join(["python", "evaluate.py", *argv])
+    args.task = args.task or ("all" if args.study else "open-drawer")
     args.tasks = list(envs.TASKS) if args.task == "all" else [args.task]
+    args.policies = args.policy or ["openvla", "pi05"]
+    if args.episodes is None:
+        args.episodes = STUDY_EPISODES if args.study else 100
+    if args.seed is None:
+        args.seed = STUDY_SEED if args.study else EVAL_SEED
     args.domains = ["sim", "real"] if args.domain == "both" else [args.domain]
     args.variants = list(envs.VARIANTS) if "all" in args.variants else args.variants
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -775,22 +815,26 @@ def parse(argv):
 def check(args, given):
     """Raise a ValueError that lists all wrong flags; it leaves no trace. Fills in --out."""
     problems = policies.Problems()
-    uses = (args.checkpoint, args.curves, args.trials, args.serve)
-    problems.need(any(uses), "--checkpoint, --curves, --trials, --serve", "none", "one of them",
-                  "--checkpoint openvla")
-    for mode, others in MODES.items():
-        useless = [f"--{flag}" for flag in given if flag not in (mode, *others)]
-        allowed = " ".join(f"--{flag}" for flag in others) or "it"
-        problems.need(not getattr(args, mode) or not useless, f"--{mode}",
-                      f"{' '.join(useless)} beside it", f"nothing but {allowed}",
-                      "a command for each")
-    useless = [f"--{flag}" for flag in given if flag in ("host", "port", "camera", "prompt")]
-    problems.need(args.serve or not useless, " ".join(useless), "no --serve",
-                  "it, since nothing else reads them", "--serve")
+    server = {"host", "port", "camera", "prompt"}
+    modes = dict(                       # the flags that go with each use of this script
+        checkpoint=set(given) - {"curves", "study", "seeds", "policy", "trials", *server},
+        curves={"curves", "out"},
+        study={"study", "policy", "task", "seeds", "seed", "episodes", "workers", "device", "out"},
+        trials={"trials"},
+        serve={"serve", "checkpoint", "load", "decoding", "seed", "device", "dtype", *server})
+    if args.serve:
+        del modes["checkpoint"]          # one of the flags that go with --serve
+    chosen = [mode for mode in modes if getattr(args, mode)]
+    problems.need(len(chosen) == 1, "--checkpoint, --curves, --study, --trials, --serve",
+                  chosen or "none of them", "one of them", "--checkpoint openvla")
+    for mode in chosen[:1]:
+        useless = [f"--{flag}" for flag in given if flag not in modes[mode]]
+        problems.need(not useless, f"--{mode}", f"{' '.join(useless)} beside it",
+                      "only flags that go with it", "python evaluate.py --help")
     problems.need(not args.serve or len(args.checkpoint) == 1, "--serve",
                   f"{len(args.checkpoint)} checkpoints", "one", "--checkpoint openvla")
     problems.need(0 <= args.port < 2**16, "--port", args.port, "0 to 65535", "--port 8000")
-    for flag, low in dict(episodes=1, workers=0, videos=0, seed=0).items():
+    for flag, low in dict(episodes=1, workers=0, videos=0, seed=0, seeds=1).items():
         got = getattr(args, flag)
         problems.need(got >= low, f"--{flag}", got, f"{low} or more", f"--{flag} {low}")
     for file in args.curves:
@@ -801,7 +845,10 @@ def check(args, given):
             policies.find_folder(name)
     with noted(problems):
         policies.parse_load(args.load)
-    if (args.checkpoint and not args.serve) or args.curves:
+    for name in args.policy:
+        with noted(problems):
+            policies.find_folder(name)
+    if args.checkpoint or args.curves or args.study:
         args.out = args.out or default_folder(args)
     if args.checkpoint and not args.serve:
         check_folder(problems, args)
@@ -844,6 +891,8 @@ def default_folder(args):
     """Return the default of --out, named after the first checkpoint."""
     if args.curves:
         return "runs/curves"
+    if args.study:
+        return f"results/{args.study}"
     path = pathlib.Path(args.checkpoint[0])
     if path.name == "policy":
         path = path.resolve().parent
@@ -875,8 +924,8 @@ def add_line(args, line):
 def header(args):
     """Return the command, and all that can change its result."""
     flags = dict(vars(args))
-    for name in ("command", "domains", "out", "resume", "tasks", "workers", "curves", "trials",
-                 "serve", "host", "port", "camera", "prompt"):
+    for name in ("command", "domains", "out", "policies", "resume", "tasks", "workers", "curves",
+                 "study", "policy", "seeds", "trials", "serve", "host", "port", "camera", "prompt"):
         del flags[name]
     for package in ("torch", "transformers", "mujoco", "numpy"):
         flags[f"version of {package}"] = importlib.metadata.version(package)
@@ -1117,22 +1166,26 @@ def run(args):
 def report(args, results):
     """Print the tables, then write result.json, then the pictures, which may fail."""
     rows = []
+    outcomes = []                           # the episodes of each row
     comparisons = []
     for cell, episodes in results.items():
-        names = dict(dataclasses.asdict(cell), domain=NAMES[cell.domain])
-        rows.append(names | summary(episodes))
         baseline = dataclasses.replace(cell, checkpoint=args.checkpoint[0])
-        if cell != baseline:
-            names |= dict(second=cell.checkpoint, first=baseline.checkpoint)
-            comparisons.append(names | compare(results[baseline], episodes))
+        before = by_place(cell.variant, results[baseline])
+        for variant, some in by_place(cell.variant, episodes).items():
+            names = dict(dataclasses.asdict(cell), domain=NAMES[cell.domain], variant=variant)
+            rows.append(names | summary(some))
+            outcomes.append(some)
+            if cell != baseline:
+                names |= dict(second=cell.checkpoint, first=baseline.checkpoint)
+                comparisons.append(names | compare(before[variant], some))
     print(f"\n{args.episodes} scenes each, seed {args.seed}, decoding {args.decoding}, ablation "
           f"{args.ablation}\nstand-in: a second simulation in place of the real robot\n")
     print(table(rows))
     if comparisons:
         print("\nOn the same scenes; difference: second - first, in percentage points\n")
         print(comparison_table(comparisons))
-    for row, episodes in zip(rows, results.values()):
-        row["episodes"] = episodes
+    for row, some in zip(rows, outcomes):
+        row["episodes"] = some
     path = pathlib.Path(args.out, "result.json")
     begun = read_journal(args)[0]
     policies.write_json(path, dict(begun, comparisons=comparisons, cells=rows))
@@ -1345,6 +1398,383 @@ def count_trials(args):
             rows.append(dict(folder=folder, instruction=chosen, n=n, success=k / n, low=low,
                              high=high))
     print(lay_out(rows, TRIALS, left=2))
+# ---- studies ------------------------------------------------------------------------------------
+# A study compares arms: ways to train a policy. Each arm is trained with every seed, in every task,
+# and evaluated on the same scenes. Each step is a command line that you could type yourself.
+
+STUDY_SEED = 2_000_003      # of the scenes of studies: no training and no choice has seen them
+STUDY_EPISODES = 400        # whole-table scenes of a success rate: 200 of each kind of place
+RESAMPLES = 2000            # of the bootstrap
+STUDY_RUNS = "runs/study"   # folder of the runs; studies share them
+
+
+class Arm(NamedTuple):
+    """A way to train: flags of the two stages."""
+
+    name: str
+    stage_one: str = ""             # flags of sft_warmstart.py
+    stage_two: str | None = None    # flags of rl_cotrain.py; None: no Stage II
+    series: str = ""                # of a line in the figure, and
+    x: float | None = None          # the place of the arm on it
+
+
+class Study(NamedTuple):
+    """Arms to compare, and what the paper found."""
+
+    arms: list
+    baseline: str                   # name of the arm that gains are measured from
+    paper: str
+    variants: tuple = ("whole-table",)
+    x: str = ""                     # name of the axis, if the figure is a line
+
+
+REAL_ONLY = Arm("SFT on real demos", "--sim-ratio 0")
+CO_TRAINING = Arm("SFT co-training")
+PLAIN_RL = Arm("RL without anchor", "", "--lambda-real 0 --watch-real")
+RL_CO = Arm("RL-Co", "", "")
+TWIN = "--randomise places"         # the paper's setting: practice in the plain twin
+
+
+def study_of_anchor():
+    """Return the arms of the study of lambda: in the default set-up, and in the plain twin."""
+    arms = [CO_TRAINING]
+    for name, setting in (("randomised", ""), ("plain twin", TWIN)):
+        for weight in (0, 0.1, 0.3, 1, 3, 10):
+            flags = f"--lambda-real {weight} --watch-real {setting}"
+            arms.append(Arm(f"{name}, lambda {weight}", "", flags, name, weight))
+    return arms
+
+
+def study_of_data():
+    """Return the arms of the study of the number of real demonstrations a task."""
+    arms = []
+    for count in (5, 10, 20, 50, 100):
+        demos = f"--real-episodes {count}"
+        for series, one, two in (("SFT on real demos", f"--sim-ratio 0 {demos}", None),
+                                 ("SFT co-training", demos, None),
+                                 ("RL-Co", demos, demos)):
+            arms.append(Arm(f"{series}, {count}", one, two, series, count))
+    return arms
+
+
+MAIN = [REAL_ONLY, CO_TRAINING, PLAIN_RL, RL_CO]
+STUDIES = dict(
+    main=Study(
+        MAIN, "SFT co-training",
+        "on a robot, mean of the four tasks: SFT on real demos 16.5 (OpenVLA) and 26.7 (pi0.5), "
+        "SFT co-training 40.0 and 45.9, RL-Co 64.0 and 66.2 %"),
+    anchor=Study(
+        study_of_anchor(), "SFT co-training",
+        "pi0.5 on a robot, lambda .04, .2, 1: pick and place 81, 77, 78 %, open drawer 40, 75, "
+        "65 %; without anchor, pick and place 40 %", x="lambda"),
+    stages=Study(
+        [Arm("real data in neither", "--sim-ratio 1", "--lambda-real 0"),
+         Arm("real data in Stage II", "--sim-ratio 1", ""),
+         Arm("real data in Stage I", "", "--lambda-real 0"),
+         Arm("real data in both", "", "")],
+        "real data in Stage I", "pi0.5 on a robot, pick and place: 6, 13, 40, 81 %"),
+    init=Study(
+        [Arm("Stage I on real demos, then RL-Co", "--sim-ratio 0", ""), RL_CO], "RL-Co",
+        "success in simulation during practice: below 1.5 % without simulated demonstrations in "
+        "Stage I, .66 to .81 with them"),
+    alpha=Study(
+        [Arm(f"alpha {alpha}", f"--sim-ratio {alpha}", None, "SFT", alpha)
+         for alpha in (0, 0.25, 0.5, 0.75, 0.9, 0.95, 1)], "alpha 0",
+        "pi0.5 on a robot, alpha 0, .5, .8, .9, .95: pick and place 72, 69, 42, 49, 36 %, open "
+        "drawer 0, 5, 15, 15, 10 %", x="alpha"),
+    data=Study(
+        study_of_data(), "SFT co-training, 10",
+        "pi0.5 on a robot, open drawer, 20, 50, 100, 200 demonstrations: SFT on real demos 0, 5, "
+        "10, 50 %, SFT co-training 5, 25, 65, 70 %, RL-Co 65, 55, 75, 85 %",
+        x="real demonstrations of a task"),
+    unseen=Study(
+        MAIN, "SFT co-training",
+        "pi0.5 on a robot, pick and place, demonstrated / other objects / other places: SFT "
+        "co-training 69, 31, 55 %, RL-Co 81, 56, 70 %",
+        variants=("whole-table", "unseen-objects")))
+
+
+class Job(NamedTuple):
+    """A command of a study, done when the file or folder `result` exists."""
+
+    command: list
+    result: pathlib.Path
+    started: pathlib.Path           # exists if an interrupted run can go on
+
+
+def jobs_of(args, arm, policy, task, seed):
+    """Return the jobs of one arm: Stage I (shared by the tasks), Stage II, evaluation."""
+    def name(*parts):
+        text = "-".join(str(part) for part in parts if part)
+        return pathlib.Path(STUDY_RUNS, text.replace("--", "").replace(" ", "-").replace("/", "_"))
+
+    def job(script, flags, out, result, started):
+        command = [script, *flags, "--out", str(out)]
+        return Job(command, out / result, out / started)
+
+    out = name("sft", policy, arm.stage_one, f"seed{seed}")
+    flags = ["--policy", policy, "--seed", str(seed), *arm.stage_one.split()]
+    alone = ["--eval-episodes", "0", "--ranks", "1"]
+    jobs = [job("sft_warmstart.py", [*flags, *alone], out, "policy", "resume.pt")]
+    if arm.stage_two is not None:
+        flags = ["--init", str(out / "policy"), "--task", task, "--seed", str(seed)]
+        flags += arm.stage_two.split()
+        out = name("rl", policy, task, arm.stage_one, arm.stage_two, f"seed{seed}")
+        jobs.append(job("rl_cotrain.py", [*flags, *alone], out, "policy", "resume.pt"))
+    flags = ["--checkpoint", str(out), "--task", task, "--episodes", str(args.episodes)]
+    flags += ["--variants", *STUDIES[args.study].variants, "--seed", str(args.seed)]
+    out = name("eval", out.name, task, args.study)
+    flags += ["--videos", "0", "--workers", "1"]
+    jobs.append(job("evaluate.py", flags, out, "result.json", "episodes.jsonl"))
+    return jobs
+
+
+def run_job(job, args, bar, running, devices):
+    """Run a command to its end. Its output goes to OUT.log; ValueError with its last line."""
+    if not job.result.exists():
+        command = [sys.executable, *job.command]
+        if job.started.exists():
+            command.append("--resume")
+        log = job.result.parent.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        device = devices.get()
+        own = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=device)
+        with open(log, "a") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=os.environ | own, start_new_session=True)
+        running.append(process)             # run_study() stops what runs if it is stopped
+        status = process.wait()
+        devices.put(device)
+        if status:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise ValueError(f"{shlex.join(job.command)}: got exit status {status} "
+                             f"({' '.join(last)}); need 0; try the same study after mending it")
+    bar.update()
+
+
+def run_arm(jobs, *context):
+    """Run the jobs of an arm; return what they measured: outcomes, curves, seconds."""
+    for job in jobs[1:]:                    # Stage I has run
+        run_job(job, *context)
+    result = policies.read_json(jobs[-1].result)
+    outcomes = {}
+    for cell in result["cells"]:            # those of the whole table contain the others
+        if cell["variant"] in jobs[-1].command:
+            successes = "".join(str(int(each["success"])) for each in cell["episodes"])
+            outcomes[f"{cell['domain']}/{cell['variant']}"] = successes
+    curve = {}
+    seconds = 0.0
+    for line in jobs[-2].result.with_name("metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seconds += row.get("iteration_s", 0)
+        for name in ("success", "held_out/real"):
+            if name in row:
+                curve.setdefault(name, []).append([row["step"], row[name]])
+    practised = len(jobs) == 3
+    return dict(outcomes=outcomes, curve=curve, seconds=round(seconds), practised=practised)
+
+
+def run_study(args):
+    """Train and evaluate what is missing of a study, a job for each worker; return its cells.
+
+    OUT/cells.json holds them: {policy, arm, task, seed, commands, outcomes, curve, seconds,
+    practised}, where outcomes are strings of 0 and 1, scene by scene. It is written after every
+    evaluation.
+    """
+    path = pathlib.Path(args.out, "cells.json")
+    kept = policies.read_json(path, {}).get("cells", [])
+    cells = {tuple(cell["commands"]): cell for cell in kept}
+    names = itertools.product(range(args.seeds), args.policies, args.tasks)
+    wanted = {}                             # commands -> (names, jobs) of a cell
+    for (seed, policy, task), arm in itertools.product(names, STUDIES[args.study].arms):
+        jobs = jobs_of(args, arm, policy, task, seed)
+        commands = tuple(shlex.join(job.command) for job in jobs)
+        wanted[commands] = dict(policy=policy, arm=arm.name, task=task, seed=seed), jobs
+    missing = {commands: each for commands, each in wanted.items() if commands not in cells}
+    first = {jobs[0].result: jobs[0] for _, jobs in missing.values()}       # each Stage I once
+    devices = queue.SimpleQueue()
+    for worker in range(args.workers):
+        devices.put(str(worker) if args.device == "cuda" else "")
+    running = []
+    total = len(first) + sum(len(jobs) - 1 for _, jobs in missing.values())
+    with (tqdm(total=total, unit="job") as bar, ThreadPoolExecutor(args.workers) as pool):
+        context = args, bar, running, devices
+        try:
+            list(pool.map(lambda job: run_job(job, *context), first.values()))
+            futures = {}
+            for commands, (_, jobs) in missing.items():
+                futures[pool.submit(run_arm, jobs, *context)] = commands
+            for future in as_completed(futures):
+                commands = futures[future]
+                cell = wanted[commands][0] | dict(commands=commands) | future.result()
+                cells[commands] = cell
+                policies.write_json(path, dict(cells=list(cells.values())))
+                success = {name: each.count("1") / len(each)
+                           for name, each in cell["outcomes"].items()}
+                shown = "  ".join(f"{name} {rate:.1%}" for name, rate in success.items())
+                tqdm.write(f"{cell['policy']} {cell['task']} seed {cell['seed']}, {cell['arm']}: "
+                           f"{shown}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.send_signal(signal.SIGINT)      # it saves; the same study goes on
+            raise
+    return [cells[commands] for commands in wanted]
+
+
+def hierarchical_interval(values):
+    """Return mean, low, high: a 95 % bootstrap interval over seeds and over the scenes of each.
+
+    values: (tasks, seeds, scenes), of successes or of their differences. The tasks are fixed. A
+    seed is drawn with all its tasks, since they share its Stage I. Three seeds are few: the
+    interval is then too narrow rather than too wide.
+    """
+    rng = np.random.default_rng(0)
+    tasks, seeds, scenes = values.shape
+    means = np.empty(RESAMPLES)
+    for k in range(RESAMPLES):
+        drawn = values[:, rng.integers(seeds, size=seeds)]
+        rows = rng.integers(scenes, size=values.shape)
+        means[k] = np.take_along_axis(drawn, rows, axis=2).mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return dict(mean=values.mean(), low=low, high=high)
+
+
+def outcomes_of(args, cells, policy, arm):
+    """Return {"stand-in/other-places": successes (tasks, seeds, scenes)} of an arm."""
+    found = {}
+    for cell in cells:
+        if (cell["policy"], cell["arm"]) == (policy, arm):
+            found[cell["task"], cell["seed"]] = cell["outcomes"]
+    outcomes = {}
+    for name in found[args.tasks[0], 0]:
+        rows = []
+        for task in args.tasks:
+            rows.append([list(found[task, seed][name]) for seed in range(args.seeds)])
+        values = np.array(rows) == "1"
+        domain, variant = name.split("/")
+        outcomes[name] = values
+        if variant == "whole-table":        # see by_place()
+            outcomes[f"{domain}/demonstrated"] = values[..., 0::2]
+            outcomes[f"{domain}/other-places"] = values[..., 1::2]
+    return outcomes
+
+
+def study_rows(args, cells):
+    """Sum up a study: for each policy and arm, means over tasks, seeds and scenes.
+
+    Returns dicts: policy, arm, series, x; rates and gains, {"stand-in/other-places": see
+    hierarchical_interval}, the latter from the baseline on the same seeds and scenes; and tasks,
+    {task: success on the stand-in, whole table}.
+    """
+    study = STUDIES[args.study]
+    rows = []
+    for policy in args.policies:
+        baseline = outcomes_of(args, cells, policy, study.baseline)
+        for arm in study.arms:
+            outcomes = outcomes_of(args, cells, policy, arm.name)
+            rates = {name: hierarchical_interval(each) for name, each in outcomes.items()}
+            gains = {name: hierarchical_interval(each.astype(float) - baseline[name])
+                     for name, each in outcomes.items()}
+            by_task = outcomes["stand-in/whole-table"].mean((1, 2))
+            rows.append(dict(policy=policy, arm=arm.name, series=arm.series, x=arm.x, rates=rates,
+                             gains=gains, tasks=dict(zip(args.tasks, by_task))))
+    return rows
+
+
+def study_table(args, rows):
+    """Lay out study_rows(): the whole table of the stand-in first, as it is the headline."""
+    headline = "stand-in/whole-table"
+    columns = {"policy": "{policy}", "arm": "{arm}"}
+    columns["stand-in"] = "{rates[%s][mean]:.1%%}" % headline
+    interval = "{%s[%s][low]:.1%%} to {%s[%s][high]:.1%%}"
+    columns["95 % interval"] = interval % ("rates", headline, "rates", headline)
+    columns["gain"] = "{gains[%s][mean]:+.1%%}" % headline
+    columns["95 % interval "] = interval % ("gains", headline, "gains", headline)
+    for name in rows[0]["rates"]:
+        if name != headline:
+            columns[name] = "{rates[%s][mean]:.1%%}" % name
+    for task in args.tasks:
+        columns[task] = "{tasks[%s]:.1%%}" % task
+    return lay_out(rows, columns, left=2)
+
+
+def study_figure(study, rows, cells, path):
+    """Draw a study, a line of panels for each policy: success, then curves of the practice."""
+    from matplotlib.figure import Figure
+    policies_ = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = Figure(figsize=(15, 4.5 * len(policies_)), layout="constrained")
+    panels = figure.subplots(len(policies_), 3, squeeze=False)
+    for policy, (success, practice, held_out) in zip(policies_, panels):
+        some = [row for row in rows if row["policy"] == policy]
+        if study.x:
+            draw_lines(success, some, study.x)
+        else:
+            draw_bars(success, some)
+        success.set(title=f"{policy}: success rate", ylim=(0, 1))
+        success.legend(fontsize=8)
+        own = [cell for cell in cells if cell["policy"] == policy]
+        draw_practice(practice, own, "success", "success in practice, in simulation")
+        draw_practice(held_out, own, "held_out/real", "loss of held-out real demonstrations")
+    figure.savefig(path, dpi=120)
+
+
+def draw_lines(axis, rows, x):
+    """Draw success on the stand-in over x, with intervals: a line for each series."""
+    for series in dict.fromkeys(row["series"] for row in rows):
+        some = [row for row in rows if row["series"] == series]
+        rates = [row["rates"]["stand-in/whole-table"] for row in some]
+        if not series:                      # an arm without a place on the axis
+            axis.axhline(rates[0]["mean"], linestyle=":", color="grey", label=some[0]["arm"])
+            continue
+        mean = np.array([rate["mean"] for rate in rates])
+        ends = np.array([[rate["low"], rate["high"]] for rate in rates]).T
+        places = [row["x"] for row in some]
+        axis.errorbar(places, mean, abs(ends - mean), marker="o", capsize=3, label=series)
+    axis.set(xlabel=x, xscale="symlog" if x == "lambda" else "linear")
+
+
+def draw_bars(axis, rows):
+    """Draw a group of bars for each arm: domains and places, with intervals."""
+    names = list(rows[0]["rates"])
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        rates = [row["rates"][name] for row in rows]
+        mean = np.array([rate["mean"] for rate in rates])
+        ends = np.array([[rate["low"], rate["high"]] for rate in rates]).T
+        x = np.arange(len(rows)) + k * width
+        axis.bar(x, mean, 0.9 * width, yerr=abs(ends - mean), label=name)
+    axis.set_xticks(range(len(rows)), [row["arm"].replace(" ", "\n") for row in rows])
+
+
+def draw_practice(axis, cells, name, title):
+    """Draw a metric of Stage II over its iterations: the mean over tasks and seeds of each arm."""
+    for arm in dict.fromkeys(cell["arm"] for cell in cells):
+        curves_ = [cell["curve"][name] for cell in cells
+                   if cell["arm"] == arm and cell["practised"] and name in cell["curve"]]
+        if curves_:
+            steps, values = np.mean(curves_, axis=0).T
+            axis.plot(steps, values, label=arm)
+    axis.set(title=title, xlabel="iteration")
+    axis.legend(fontsize=8)
+
+
+def report_study(args, cells):
+    """Print the table of a study; write it and its figure beside its cells."""
+    study = STUDIES[args.study]
+    rows = study_rows(args, cells)
+    text = "\n".join([
+        f"{args.command}",
+        f"{args.seeds} seeds, {args.episodes} scenes of seed {args.seed}; means over "
+        f"{', '.join(args.tasks)}; gain: over {study.baseline}, same seeds and scenes",
+        "stand-in: a second simulation in place of the real robot", "",
+        study_table(args, rows), "", f"paper: {study.paper}"])
+    print(f"\n{text}")
+    out = pathlib.Path(args.out)
+    out.joinpath("table.txt").write_text(text + "\n")
+    with forgiven(out / "figure.png"):
+        study_figure(study, rows, cells, out / "figure.png")
+    print(f"wrote {out}/cells.json, table.txt, figure.png")
 
 
 def main(argv=None):
@@ -1352,6 +1782,8 @@ def main(argv=None):
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.curves:
             draw_curves(args)
+        elif args.study:
+            report_study(args, run_study(args))
         elif args.trials:
             count_trials(args)
         elif args.serve:

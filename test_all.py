@@ -120,13 +120,13 @@ def run_mutant(mutant, monkeypatch):
 
 
 ENV_SETTINGS = [
-    ("sim", "seen"),
+    ("sim", "demonstrated"),
     ("sim", "unseen-objects"),
-    ("sim", "unseen-states"),
-    ("real", "seen"),
+    ("sim", "other-places"),
+    ("real", "demonstrated"),
     ("real", "unseen-objects"),
-    ("real", "unseen-states"),
-    ("pretrain", "seen"),
+    ("real", "other-places"),
+    ("pretrain", "demonstrated"),
 ]
 ENV_REST = np.array([0, 0, 0, 0, 0, 0, 1.])       # an action: stay, gripper open
 
@@ -190,7 +190,7 @@ class TouchCube(envs.Task):
       <sensor><contact subtree1="hand" body2="cube" data="found" num="1"/></sensor>"""
 
     def place(self, env, scene, i, rng):
-        xy = env.start_xy(rng, np.array([[.42, -.05], [.52, .05]]))
+        xy = env.start_xy(i, rng, np.array([[.42, -.05], [.52, .05]]))
         scene.qpos[i, FREE:] = *xy, .03, 1, 0, 0, 0
         env.goal[i] = *xy, .03
 
@@ -2386,32 +2386,34 @@ def test_experts_succeed(task, domain):
         return
     assert envs.run_expert(env, 25, "teleop")[0].mean() >= .85
     if domain == "real":
-        for variant in ("unseen-objects", "unseen-states", "whole-table"):
+        for variant in ("unseen-objects", "other-places", "whole-table"):
             held_out = envs.make_env(task, domain, 25, image_size=0, variant=variant)
             assert envs.run_expert(held_out, 25)[0].mean() >= .9
 
 
 @pytest.mark.parametrize("task", ["pick-place", "open-drawer"])
 def test_the_whole_table_is_the_demonstrated_places_and_those_around(task, monkeypatch):
-    """Practice with randomised places starts where `whole-table` starts."""
-    drawn = []
+    """Even episodes start in the demonstrated places, odd ones elsewhere; so does practice."""
+    drawn = set()                                 # (episode is odd, start is in the box)
     honest = envs.VecEnv.start_xy
 
-    def start_xy(env, rng, box):
-        xy = honest(env, rng, box)
+    def start_xy(env, i, rng, box):
+        xy = honest(env, i, rng, box)
         low, high = box
-        assert (xy >= low - envs.UNSEEN_BAND).all() and (xy <= high + envs.UNSEEN_BAND).all()
-        drawn.append(bool((xy >= low).all() and (xy <= high).all()))
+        assert (xy >= low - envs.OTHER_PLACES_BAND).all()
+        assert (xy <= high + envs.OTHER_PLACES_BAND).all()
+        drawn.add((bool(env.episode[i] % 2), bool((xy >= low).all() and (xy <= high).all())))
         return xy
 
     monkeypatch.setattr(envs.VecEnv, "start_xy", start_xy)
-    inside = {}
-    for variant in ("seen", "unseen-states", "whole-table"):
+    starts = {}
+    for variant in ("demonstrated", "other-places", "whole-table"):
         env = env_make(task, num_envs=20, variant=variant)
-        inside[variant] = np.mean(drawn)
+        starts[variant] = set(drawn)
         drawn.clear()
-    assert inside["seen"] == 1 and inside["unseen-states"] == 0
-    assert 0.05 < inside["whole-table"] < 0.95
+    assert starts["demonstrated"] == {(False, True), (True, True)}
+    assert starts["other-places"] == {(False, False), (True, False)}
+    assert starts["whole-table"] == {(False, True), (True, False)}
     practice = env_make(task, num_envs=20, randomise=["places"])
     everyone = np.arange(20)
     assert env_same(practice.observe(everyone), env.observe(everyone))
@@ -2590,12 +2592,12 @@ def test_domains_differ_in_every_parameter():
 
 
 def test_randomise_draws_as_pretrain_but_for_the_camera():
-    sim = envs.distributions("sim", "seen", ())
-    other = envs.distributions("pretrain", "seen", ())
-    visual = envs.distributions("sim", "seen", ["visual"])
+    sim = envs.distributions("sim", "demonstrated", ())
+    other = envs.distributions("pretrain", "demonstrated", ())
+    visual = envs.distributions("sim", "demonstrated", ["visual"])
     own = [*envs.VISUAL, "colour", "dish", "cabinet"]
     assert visual == sim | {name: other[name] for name in own} | envs.NEAR_CAMERA
-    dynamics = envs.distributions("sim", "seen", ["dynamics"])
+    dynamics = envs.distributions("sim", "demonstrated", ["dynamics"])
     assert dynamics == sim | {name: other[name] for name in envs.DYNAMICS}
     for name, near in envs.NEAR_CAMERA.items():
         assert near.low < sim[name] < near.high
@@ -4964,8 +4966,8 @@ def test_serve_command(number, serve_port, capsys):
         ("--serve --checkpoint pi05 --port {busy}", "{busy} (Address already in use"),
         ("--serve --checkpoint pi05 --host 203.0.113.1", "got 203.0.113.1 8000 ("),
         ("--serve --checkpoint openvla --camera a b", "--camera: got 2 cameras, ['a', 'b']; "),
-        ("--checkpoint pi05 --camera front --port 9", "--port --camera: got no --serve; need it"),
-        ("--trials x --seed 5", "--trials: got --seed beside it; need nothing but it"),
+        ("--checkpoint pi05 --camera front --port 9", "--checkpoint: got --port --camera beside it"),
+        ("--trials x --seed 5", "--trials: got --seed beside it; need only"),
         ("--trials x", "--trials: got x ("),
     ],
 )
@@ -5725,7 +5727,7 @@ def test_evaluate_tables_and_comparisons(tmp_path, monkeypatch, capsys):
         evaluate.claim(args)
         results = {}
         for checkpoint, domain in itertools.product(args.checkpoint, args.domains):
-            cell = evaluate.Cell(checkpoint, "open-drawer", domain, "seen")
+            cell = evaluate.Cell(checkpoint, "open-drawer", domain, "demonstrated")
             results[cell] = evaluate_outcomes(outcomes[checkpoint])
         return results
 
@@ -5749,10 +5751,130 @@ def test_evaluate_command_gives_the_rates_of_the_training_stages(tmp_path):
     policy.save(tmp_path / "policy")
     flags = "--domain real --episodes 27 --workers 2"
     evaluate.main(f"--checkpoint {tmp_path} --out {tmp_path} {flags}".split())
-    (cell,) = json.loads((tmp_path / "result.json").read_text())["cells"]
+    cells = json.loads((tmp_path / "result.json").read_text())["cells"]
     rates = evaluate.success_rates(policy, ["open-drawer"], ["real"], 27)
-    assert rates["stand-in/open-drawer"] == cell["episodes"]
-    assert list(tmp_path.glob("videos/*/open-drawer-stand-in-seen/*.mp4"))
+    episodes = rates["stand-in/open-drawer"]
+    assert [cell["episodes"] for cell in cells] == [episodes, episodes[::2], episodes[1::2]]
+    variants = [cell["variant"] for cell in cells]
+    assert variants == ["whole-table", "demonstrated", "other-places"]
+    assert list(tmp_path.glob("videos/*/open-drawer-stand-in-whole-table/*.mp4"))
+
+
+def test_hierarchical_interval_counts_scenes_and_seeds():
+    """One seed: the interval of a success rate. Seeds that differ widen it, tasks are fixed."""
+    rng = np.random.default_rng(0)
+    alike = rng.random((1, 1, 400)) < 0.3
+    got = evaluate.hierarchical_interval(alike)
+    sigma = (alike.mean() * (1 - alike.mean()) / 400) ** 0.5
+    assert got["mean"] == alike.mean()
+    assert abs(got["high"] - got["low"] - 2 * 1.96 * sigma) < 0.1 * sigma * 4
+    seeds = np.zeros((1, 4, 400), bool)
+    seeds[:, 2:] = True                             # two seeds always succeed, two never
+    got = evaluate.hierarchical_interval(seeds)
+    assert got["mean"] == 0.5 and got["low"] == 0 and got["high"] == 1
+    tasks = np.swapaxes(seeds, 0, 1)                # what differs are tasks, not seeds
+    got = evaluate.hierarchical_interval(tasks)
+    assert got["low"] == got["high"] == 0.5
+
+
+STUDY_PYTHON = """
+import json, os, pathlib, sys
+script, *flags = sys.argv[1:]
+out = pathlib.Path(flags[flags.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+with open("commands.txt", "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if pathlib.Path("broken").exists() and script == "rl_cotrain.py":
+    (out / "resume.pt").touch()
+    sys.exit("error: --lr: got nonsense")
+if script != "evaluate.py":
+    (out / "policy").mkdir()
+    rows = [{"step": k, "success": k / 4, "held_out/real": 2.0, "iteration_s": 3.0} for k in (1, 2)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+else:
+    seed = "seed1" in out.name
+    good = "rl-" in out.name                        # Stage II succeeds where Stage I does not
+    cells = []
+    for domain in ("sim", "stand-in"):
+        for variant in ("whole-table", "demonstrated"):
+            episodes = [{"success": k < 5 + 5 * good + 2 * seed} for k in range(20)]
+            cells.append({"domain": domain, "variant": variant, "episodes": episodes})
+    (out / "result.json").write_text(json.dumps({"cells": cells}))
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Make a study of two arms whose commands a script answers; return what runs it."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\n{STUDY_PYTHON}")
+    script.chmod(0o755)
+    monkeypatch.setattr(evaluate.sys, "executable", str(script))
+    arms = [evaluate.Arm("SFT"), evaluate.Arm("RL-Co", "", "--lambda-real 3")]
+    monkeypatch.setitem(evaluate.STUDIES, "mini", evaluate.Study(arms, "SFT", "more on a robot"))
+
+    def run(flags, capsys):
+        status = 0
+        try:
+            command = f"--study mini --policy openvla --task push-cube --episodes 20 {flags}"
+            evaluate.main(command.split())
+        except SystemExit as stop:
+            status = stop.code
+        ran = pathlib.Path("commands.txt").read_text().splitlines()
+        pathlib.Path("commands.txt").write_text("")
+        out, err = capsys.readouterr()
+        return status, out + err, ran
+
+    return run
+
+
+def test_study_runs_what_is_missing(study, capsys):
+    """Stage I runs once a seed; a failed job is named; the same command goes on, adds seeds."""
+    pathlib.Path("broken").touch()
+    status, text, ran = study("--seeds 1 --workers 1", capsys)
+    assert status == 1 and "rl_cotrain.py" in text and "(error: --lr: got nonsense)" in text
+    pathlib.Path("broken").unlink()
+    status, text, ran = study("--seeds 1 --workers 2", capsys)
+    assert status == 0 and "wrote results/mini/cells.json" in text, text
+    assert [line.split()[0] for line in ran] == ["rl_cotrain.py", "evaluate.py"]
+    assert ran[0].endswith("--resume") and "--lambda-real 3" in ran[0]
+    assert study("--seeds 1", capsys)[2] == []
+    status, text, ran = study("--seeds 2", capsys)
+    scripts = sorted(line.split()[0] for line in ran)
+    assert scripts == ["evaluate.py", "evaluate.py", "rl_cotrain.py", "sft_warmstart.py"]
+    assert all("seed1" in line for line in ran)
+    assert pathlib.Path("results/mini/figure.png").exists()
+    (sft, rl) = [line for line in text.splitlines() if line.startswith("openvla  ")]
+    assert "30.0%" in sft and "55.0%" in rl and "+25.0%" in rl      # means of 5 and 7, 10 and 12
+    assert sft.split()[-1] == "30.0%", "the last column is the task's"
+    assert "paper: more on a robot" in text
+
+
+@pytest.mark.parametrize("name", evaluate.STUDIES)
+def test_study_commands_are_read_by_the_scripts(name, tmp_path, monkeypatch):
+    """Each flag of a study exists, and each arm has runs of its own."""
+    monkeypatch.chdir(tmp_path)
+    args = evaluate.parse(["--study", name])
+    assert args.seeds == 3 and args.tasks == list(envs.TASKS) and args.episodes >= 200
+    study_ = evaluate.STUDIES[name]
+    assert study_.baseline in [arm.name for arm in study_.arms]
+    results = set()
+    for arm in study_.arms:
+        jobs = evaluate.jobs_of(args, arm, "openvla", "push-cube", 1)
+        results.add(jobs[-1].result)
+        for job in jobs:
+            script, *flags = job.command
+            if script == "sft_warmstart.py":
+                options = sft_warmstart.parse(flags)
+                assert options.seed == 1
+                shutil.copytree(policies.find_folder("openvla"), job.result)
+            if script == "rl_cotrain.py":
+                args_two = rl_cotrain.parse(flags)
+                assert args_two.task == "push-cube" and args_two.seed == 1
+                job.result.mkdir(parents=True)
+        shutil.rmtree("runs")
+    assert len(results) == len(study_.arms)
 
 
 def test_evaluate_parse(tmp_path):
@@ -5766,7 +5888,7 @@ def test_evaluate_parse(tmp_path):
     with pytest.raises(ValueError) as caught:
         evaluate.parse(f"--checkpoint /nowhere --curves /none {numbers}".split())
     lines = str(caught.value).splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8          # two modes at once, flags of the other, four numbers, two files
     for line in lines:
         assert re.search(": got .*; need .*; try ", line)
 
@@ -5901,9 +6023,9 @@ def test_presets_follow_policy_and_task(tmp_path, monkeypatch):
     assert sft_warmstart.parse(["--policy", "openvla"]).freeze == "vision"
     assert sft_warmstart.parse(["--policy", "pi05"]).steps == 2100
     args = rl_cotrain.parse(["--policy", "openvla", "--lambda-real", "0.1"])
-    assert args.randomise == ["visual", "dynamics"] and args.critic == "state"
-    assert args.sft.out == "runs/sft-openvla-all-alpha0.5-real50-seed0"
-    assert rl_cotrain.parse(["--task", "pick-place"]).randomise == []
+    assert args.randomise == ["places", "visual", "dynamics"] and args.critic == "state"
+    assert args.sft.out == "runs/sft-openvla-all-alpha0.5-real10-seed0"
+    assert rl_cotrain.parse(["--task", "pick-place"]).randomise == ["places"]
     assert rl_cotrain.parse(["--task", "pick-place", "--randomise", "dynamics"]).randomise == [
         "dynamics"
     ]
@@ -5935,18 +6057,15 @@ def test_main_job_small(tmp_path, capsys, monkeypatch):
     assert rl_cotrain.main_job(args)
     out = pathlib.Path("runs/rl-pi05-close-drawer-lambda0.1-seed0")
     result = json.loads((out / "result.json").read_text())
-    assert [(row["domain"], row["n"]) for row in result["rows"]] == [
-        ("sim", 2),
-        ("sim", 2),
-        ("stand-in", 2),
-        ("stand-in", 2),
+    places = [("whole-table", 2), ("demonstrated", 1), ("other-places", 1)]
+    assert [(row["domain"], row["places"], row["n"]) for row in result["rows"]] == [
+        (domain, *place) for domain in ("sim", "stand-in") for place in places
     ]
-    assert set(result["paired"]) == {"sim/close-drawer", "stand-in/close-drawer"}
     assert list(out.glob("videos/*/*.mp4")) and (out / "curves.png").exists()
     assert policies.load_policy(str(out / "policy")).kind == "pi05"
     printed = capsys.readouterr()
     assert (
-        "SFT co-training, then RL-Co, lambda 0.1, randomised visual, randomised dynamics"
+        "SFT co-training, then RL-Co, lambda 0.1, randomised places, visual, dynamics"
         in printed.err
     )
     assert "95 % interval" in printed.out
