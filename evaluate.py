@@ -1380,6 +1380,8 @@ def serve(args):
               f"actions an answer: {policy.chunk}; control rate [Hz]: {rate}; end: Ctrl-C",
               flush=True)
         thread.join()
+    traffic = service.traffic
+    print(f"served {traffic.n} requests; latency: {traffic.postfix or 'unknown'}")
 
 
 def count_trials(args):
