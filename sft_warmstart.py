@@ -305,9 +305,19 @@ def train(policy, options):
     training, held_out = open_demonstrations(options, policy)
     if options.statistics == "data":
         policy.set_statistics("demos", demonstration_statistics(policy, training, options))
-        say(f"statistics: of the training demonstrations ({' and '.join(training)})")
+        source = f"of the training demonstrations ({' and '.join(training)})"
+        say(f"statistics: {source}")
     else:
+        source = f"of {options.policy}"
         warn_beyond_range(policy, training)
+    shown = training.get("real") or training["sim"]
+    describe(
+        policy,
+        {text for demos in training.values() for text in demos.instructions},
+        cameras=shown.recording.cameras,
+        control_hz=float(shown.fps),
+        statistics=source,
+    )
     sampler = real_data.MixSampler(
         training.get("sim"),
         training.get("real"),
@@ -516,6 +526,24 @@ def demonstration_statistics(policy, training, options):
     if not policy.reads_state:
         stats.pop("state", None)
     return stats
+
+
+def describe(policy, instructions, **known):
+    """Note in policy.deployment, which is saved, what a robot must know that this policy moves.
+
+    instructions: those it is trained on now. known: cameras, control_hz and statistics. What is
+    not given is as in the checkpoint, or else as in simulation.
+    """
+    simulated = dict(
+        cameras=[real_data.CAMERA],
+        control_hz=float(envs.CONTROL_HZ),
+        actions=real_data.ACTIONS,
+        statistics="of the checkpoint",
+        base=policy.base,
+    )
+    trained_on = {*policy.deployment.get("instructions", ()), *instructions}
+    policy.deployment = {**simulated, **policy.deployment, **known}
+    policy.deployment["instructions"] = sorted(trained_on)
 
 
 def warn_beyond_range(policy, training):
@@ -819,6 +847,7 @@ def whole_policy(shared, options):
         p.data.copy_(gathered(share))
     policy.statistics = shared.statistics
     policy.settings = shared.settings
+    policy.deployment = shared.deployment
     return policy
 
 
