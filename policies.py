@@ -2385,12 +2385,12 @@ def find_adapter(folder, paths):
 def read_config(folders):
     """Return the content of the first config.json."""
     file = first(folders, "config.json")
-    if file is None and any(weight_names(folder) for folder in folders):
+    if file is None and weight_names(folders[-1]):
         raise ValueError(
-            f"{folders[-1]}: got weights without config.json; need what the weights do not say; "
-            "try the config.json of the model they were trained from. openpi's training writes "
-            'none: if they are of its pi0.5, write {"type": "pi05", "action_horizon": H} with H '
-            'of its training config, and "discrete_state_input": true if that says so'
+            f"{folders[-1]}/config.json: got no such file; need what the weights do not say; try "
+            "that of the model they were trained from, or for pi0.5 of openpi, which writes none, "
+            'a file with {"type": "pi05", "action_horizon": H}, H of the training config, and '
+            '"discrete_state_input": true where that says so'
         )
     return read_json(file or folders[-1] / "config.json")
 
@@ -2879,7 +2879,9 @@ def export(args):
     name, folder = args.export
     try:
         if Path(folder).exists():
-            raise ValueError(f"--export: got {folder}, which exists; need a new folder; try another")
+            raise ValueError(
+                f"--export: got {folder}, which exists; need a new folder; try another name"
+            )
         load_policy(name, args.device, args.dtype, merge=True, freeze="all").save(folder)
     except ValueError as error:
         raise SystemExit(str(error))

@@ -3690,11 +3690,19 @@ LIMIT = [0.04] * 3 + [0.2] * 3 + [1.0]        # of actions, as statistics
 
 
 def fault_copy(tmp_path, name, target="policy"):
-    """Return a copy of a bundled checkpoint as somebody else would have written it."""
+    """Return a copy of a bundled checkpoint as OpenVLA or openpi would have written it."""
     folder = tmp_path / target
     shutil.copytree(policies.BUNDLED[name], folder)
-    (folder / "policy.json").unlink()
-    (folder / "heads.safetensors").unlink()
+    for file in ("policy.json", "heads.safetensors", *folder.glob("policy_p*")):
+        (folder / file).unlink()
+    if name == "pi05":
+        shutil.rmtree(folder / "panda")
+        content = json.loads((folder / "config.json").read_text())
+        for theirs, ours in policies.LEROBOT_NAMES.items():
+            content[ours] = content.pop(theirs)
+        openpi = ("type", "vision", "vlm", "expert", "vocab_size", *policies.LEROBOT_NAMES.values())
+        content = {key: value for key, value in content.items() if key in openpi}
+        (folder / "config.json").write_text(json.dumps(content))
     return folder
 
 
