@@ -1387,12 +1387,7 @@ def write_tables(folder, size, fps, states, actions, texts, scenes, pixels):
     for part in ("data", "meta/episodes", f"videos/{CAMERA}"):
         episodes[f"{part}/chunk_index"] = 0 * number  # all in the first file
         episodes[f"{part}/file_index"] = 0 * number
-    # Without the statistics of each episode, LeRobot cannot split, merge or append to the set.
-    for e in number:
-        part = {key: value[begins[e] : ends[e]] for key, value in values.items()}
-        for key, stats in feature_statistics(part, pixels[e]).items():
-            for name, numbers in stats.items():
-                episodes.setdefault(f"stats/{key}/{name}", []).append(numbers)
+    episodes.update(episode_statistics(values, begins, ends, pixels))
     task_table = pa.table(dict(task_index=range(len(tasks)), task=tasks))
     for path, content in (
         ("data/chunk-000/file-000.parquet", pa.table(table)),
@@ -1404,6 +1399,18 @@ def write_tables(folder, size, fps, states, actions, texts, scenes, pixels):
     stats = feature_statistics(values, sum(pixels))
     (folder / "meta/stats.json").write_text(json.dumps(stats, indent=1))
     write_info(folder, size, fps, values, len(texts), len(tasks))
+
+
+def episode_statistics(values, begins, ends, pixels):
+    """Return columns of meta/episodes, stats/<feature>/<statistic>: a list of one value an episode.
+    LeRobot cannot split a set, delete from it or append to it without them."""
+    columns = collections.defaultdict(list)
+    for begin, end, counts in zip(begins, ends, pixels):
+        part = {key: value[begin:end] for key, value in values.items()}
+        for key, stats in feature_statistics(part, counts).items():
+            for name, numbers in stats.items():
+                columns[f"stats/{key}/{name}"].append(numbers)
+    return columns
 
 
 def feature_statistics(values, pixels):

@@ -4410,6 +4410,7 @@ def test_openpi_and_rlinf_find_statistics_with_mean_and_std(tmp_path):
     layout_state().save(tmp_path / "saved")
     for folder in (policies.BUNDLED["pi05"] / "assets/panda", policies.BUNDLED["pi05"] / "panda",
                    tmp_path / "saved/assets/org/lab", tmp_path / "saved/org/lab"):
+        assert (folder / "norm_stats.json").exists()
         stats = layout_json(folder, "norm_stats.json")["norm_stats"]
         assert set(stats) in ({"actions"}, {"actions", "state"})
         for numbers in stats.values():
@@ -4442,7 +4443,7 @@ LAYOUT_CODE = "configuration_prismatic.py modeling_prismatic.py processing_prism
 
 
 def test_a_saved_openvla_is_a_folder_of_its_official_code(tmp_path):
-    policies.load_policy("openvla").save(tmp_path / "saved")
+    policies.make_tiny("openvla").save(tmp_path / "saved")
     config = layout_json(tmp_path, "saved/config.json")
     expected = dict(
         model_type="openvla",
@@ -4456,7 +4457,7 @@ def test_a_saved_openvla_is_a_folder_of_its_official_code(tmp_path):
                 "openvla/openvla-7b--modeling_prismatic.OpenVLAForActionPrediction",
         },
     )
-    assert expected.items() <= config.items() and set(config["norm_stats"]) == {"panda"}
+    assert expected.items() <= config.items() and set(config["norm_stats"]) == {"placeholder"}
     processor = layout_json(tmp_path, "saved/preprocessor_config.json")
     expected = dict(
         processor_class="PrismaticProcessor",
@@ -4566,8 +4567,8 @@ def test_the_checkpoint_says_what_a_robot_must_know(tmp_path):
         base=base,
     )
     assert saved.deployment == expected
-    sft_warmstart.describe(saved, ["zip it", "open the drawer"])
-    expected["instructions"] = sorted({*texts, "zip it", "open the drawer"})
+    sft_warmstart.describe(saved, ["zip it"])
+    expected["instructions"] = sorted({*texts, "zip it"})
     assert saved.deployment == expected
     saved.save(tmp_path / "next")
     policy = policies.load_policy(tmp_path / "next", lora_rank=2)
