@@ -4477,7 +4477,7 @@ def test_a_saved_openvla_is_a_folder_of_its_official_code(tmp_path):
     assert tokens == dict(bos_token_id=1, eos_token_id=2, pad_token_id=515)
 
 
-def test_the_classes_of_a_checkpoint_go_with_it(tmp_path):
+def test_a_layout_keeps_the_classes_of_the_checkpoint(tmp_path):
     """Its .py files are copied, and its auto_map stays; also from the base of adapters."""
     folder = fault_copy(tmp_path, "openvla")
     own = dict(AutoConfig="configuration_prismatic.OpenVLAConfig")
@@ -4518,7 +4518,7 @@ def test_saved_tokenizers_put_bos_in_front_and_prompts_have_it_once(tmp_path, na
 
 
 @policy_both
-def test_adapters_hold_no_base_and_export_merges_them(tmp_path, name, monkeypatch, capsys):
+def test_the_layout_of_adapters_holds_no_base_and_export_merges_them(tmp_path, name, monkeypatch, capsys):
     adapters = tmp_path / "adapters"
     policy = policies.load_policy(name, lora_rank=2)
     for layer in policies.lora_modules(policy).values():
@@ -4552,7 +4552,7 @@ def test_adapters_hold_no_base_and_export_merges_them(tmp_path, name, monkeypatc
     assert not (tmp_path / "new").exists()
 
 
-def test_the_checkpoint_says_what_a_robot_must_know(tmp_path):
+def test_deployment_is_what_a_robot_must_know(tmp_path):
     """Stage I describes its demonstrations; Stage II adds its instructions; adapters keep it."""
     options = stage_options(tmp_path / "run", steps=1, sim_ratio=0.5)
     saved = policies.load_policy(sft_warmstart.warm_start(options))
@@ -4599,7 +4599,7 @@ def test_old_checkpoints_still_load(tmp_path, name):
     assert policies.lora_modules(policies.load_policy(tmp_path / "adapters"))
 
 
-def test_weights_without_config_say_what_is_missing(tmp_path):
+def test_a_layout_without_config_says_what_is_missing(tmp_path):
     folder = fault_copy(tmp_path, "pi05")
     sizes = json.loads((folder / "config.json").read_text())
     (folder / "config.json").unlink()
@@ -4612,7 +4612,7 @@ def test_weights_without_config_say_what_is_missing(tmp_path):
     assert policy.horizon == 5 and not policy.reads_state
 
 
-def test_value_heads_of_rlinf_are_taken_and_those_of_rl4vla_are_named(tmp_path):
+def test_value_heads_of_rlinf_are_loaded_and_those_of_rl4vla_are_named(tmp_path):
     folder = fault_copy(tmp_path, "openvla")
     heads = load_file(policies.BUNDLED["openvla"] / "heads.safetensors")
     theirs = {key.replace("value_head.", "value_head.mlp."): heads[key] + 1 for key in heads}
