@@ -1073,7 +1073,7 @@ class Pi05(Policy):
         inputs = {
             name: dict(type="VISUAL", shape=[3, size, size]) for name in self.camera_names()
         }
-        if self.reads_state:
+        if self.has_statistics() and "state" in self.scaled_features():
             numbers = len(self.quantiles("state")[0])
             inputs["observation.state"] = dict(type="STATE", shape=[numbers])
         outputs = dict(action=dict(type="ACTION", shape=[ACTION_DIM]))
@@ -1139,15 +1139,18 @@ class Pi05(Policy):
             files[f"{name}.json"] = dict(name=name, steps=listed)
         return files
 
+    def scaled_features(self):
+        """Return what is scaled by statistics, part of them -> LeRobot's name."""
+        if self.reads_state and "state" in self.stats:
+            return dict(action="action", state="observation.state")
+        return dict(action="action")
+
     def tensor_files(self):
         """Return the statistics of LeRobot's processors, name -> tensors."""
         if not self.has_statistics():
             return {}
-        parts = dict(action="action")
-        if self.reads_state:
-            parts["state"] = "observation.state"
         tensors = {}
-        for part, name in parts.items():
+        for part, name in self.scaled_features().items():
             size = len(self.quantiles(part)[0])
             for statistic in LEROBOT_STATISTICS:
                 if statistic in self.stats[part]:

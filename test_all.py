@@ -4400,6 +4400,10 @@ def test_a_saved_pi05_is_a_folder_of_lerobot(tmp_path):
     assert again.settings == json.loads(json.dumps(policy.settings))
     assert again.statistics == policy.statistics, "those of LeRobot's files come second"
     assert again.deployment == policy.deployment and again.reads_state
+    policies.load_policy("pi05", discrete_state=True).save(tmp_path / "no statistics of the state")
+    bare = policies.load_policy("pi05", discrete_state=True, unnorm_key="none")
+    bare.save(tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("policy_p*")), "LeRobot cannot scale without them"
     stateless = policies.load_policy("pi05")
     steps = stateless.model_files()["policy_preprocessor.json"]["steps"]
     assert steps[3] == dict(registry_name="pi0_new_line_processor", config={})
