@@ -1419,11 +1419,11 @@ def feature_statistics(values, pixels):
     values: {feature: (T, D)}; pixels (3, 256): how many pixels have each value of red, green, blue,
     which count as 0 .. 1; their statistics have the shape (3, 1, 1)"""
     stats = {key: statistics(value) for key, value in values.items()}
-    channels = []
+    stats[CAMERA] = collections.defaultdict(list)
     for counts in pixels:
         present = np.flatnonzero(counts)
-        channels.append(statistics(present[:, None] / 255, counts[present]))
-    stats[CAMERA] = {name: [[channel[name]] for channel in channels] for name in channels[0]}
+        for name, numbers in statistics(present[:, None] / 255, counts[present]).items():
+            stats[CAMERA][name].append([numbers])
     for each in stats.values():
         each["count"] = [len(values["action"])]
     return stats

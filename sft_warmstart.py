@@ -310,14 +310,7 @@ def train(policy, options):
     else:
         source = f"of {options.policy}"
         warn_beyond_range(policy, training)
-    shown = training.get("real") or training["sim"]
-    describe(
-        policy,
-        {text for demos in training.values() for text in demos.instructions},
-        cameras=shown.recording.cameras,
-        control_hz=float(shown.fps),
-        statistics=source,
-    )
+    describe_demonstrations(policy, training, source)
     sampler = real_data.MixSampler(
         training.get("sim"),
         training.get("real"),
@@ -526,6 +519,19 @@ def demonstration_statistics(policy, training, options):
     if not policy.reads_state:
         stats.pop("state", None)
     return stats
+
+
+def describe_demonstrations(policy, training, statistics):
+    """Note in policy.deployment what it is trained on; cameras and rate of the real ones count."""
+    instructions = [text for demos in training.values() for text in demos.instructions]
+    demos = training.get("real") or training["sim"]
+    describe(
+        policy,
+        instructions,
+        cameras=demos.recording.cameras,
+        control_hz=float(demos.fps),
+        statistics=statistics,
+    )
 
 
 def describe(policy, instructions, **known):

@@ -4400,7 +4400,7 @@ def test_a_saved_pi05_is_a_folder_of_lerobot(tmp_path):
     assert again.settings == json.loads(json.dumps(policy.settings))
     assert again.statistics == policy.statistics, "those of LeRobot's files come second"
     assert again.deployment == policy.deployment and again.reads_state
-    policies.load_policy("pi05", discrete_state=True).save(tmp_path / "no statistics of the state")
+    policies.load_policy("pi05", discrete_state=True).save(tmp_path / "without those of states")
     bare = policies.load_policy("pi05", discrete_state=True, unnorm_key="none")
     bare.save(tmp_path / "bare")
     assert not list((tmp_path / "bare").glob("policy_p*")), "LeRobot cannot scale without them"
