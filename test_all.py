@@ -4522,7 +4522,7 @@ def test_saved_tokenizers_put_bos_in_front_and_prompts_have_it_once(tmp_path, na
 
 
 @policy_both
-def test_the_layout_of_adapters_holds_no_base_and_export_merges_them(tmp_path, name, monkeypatch, capsys):
+def test_a_layout_of_adapters_holds_no_base_and_export_merges(tmp_path, name, monkeypatch, capsys):
     adapters = tmp_path / "adapters"
     policy = policies.load_policy(name, lora_rank=2)
     for layer in policies.lora_modules(policy).values():

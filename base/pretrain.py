@@ -376,7 +376,10 @@ def open_demonstrations(policy, options):
 
 
 def add_moments(policy, demos):
-    """Add mean and std to the statistics, for openpi's reader; nothing here scales by them."""
+    """Add mean and std to the statistics, for openpi's reader; nothing here scales by them.
+
+    Those of the bundled checkpoints are of the first 320 episodes.
+    """
     moments = real_data.statistics(demos.actions)
     policy.stats["action"].update(mean=moments["mean"], std=moments["std"])
 
