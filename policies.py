@@ -4,10 +4,12 @@
     decision = policy.act(images, instructions)                  # actions, logp, value, trace
     logp, entropy, value = policy.evaluate(images, instructions, decision.trace)  # + gradient
     loss = policy.bc_loss(images, instructions, actions, pad)    # L_SFT on demonstrations
-    policy.save(folder)                                          # official layout
+    policy.save(folder)                                          # layouts of others, too
     policy.notes                                                 # what load_policy chose
+    policy.deployment                                            # what a robot must know
 
     python policies.py                                           # the tiny ones on one core
+    python policies.py --export runs/mine/policy handed-over     # adapters merged, for others
     python policies.py --size official --device cuda --dtype bf16 --lora-rank 32
 
 Images    (B, H, W, 3) uint8 RGB, or (B, N, H, W, 3) for N cameras of pi0.5. What
@@ -54,6 +56,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers import models
 from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -205,7 +208,11 @@ class Policy(nn.Module):
         self.tokenizer = None
         self.notes = []  # what load_policy chose, one line each
         self.base = dict(name="", sha256="")  # of the weights that adapters leave as they are
-        self.passed_on = {}  # files of the checkpoint that are saved again as they are
+        self.passed_on = {}  # files of the checkpoint that are saved again: dicts, or bytes
+        # For who puts it on a robot: cameras (data set features, in the order of the images),
+        # control_hz, actions, instructions it was trained on, statistics, base. See describe()
+        # in sft_warmstart.py.
+        self.deployment = {}
         self.bf16 = False
 
     @property
@@ -340,6 +347,10 @@ class Policy(nn.Module):
         """Return our name of a parameter of an official file."""
         return name
 
+    def tensor_files(self):
+        """Return further files of tensors, name -> tensors."""
+        return {}
+
     def save(self, folder):
         """Write a folder in the official layout, and what load_policy reads beside it.
 
@@ -370,6 +381,7 @@ class OpenVLA(Policy):
     float32_layers = "lm_head"  # layers that are computed without autocast
     embedding = "language_model.model.embed_tokens.weight"
     statistics_file = "dataset_statistics.json"
+    special_tokens = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     horizon = 1
     chunk = 1
     fit = "stretch"
@@ -390,7 +402,7 @@ class OpenVLA(Policy):
     }
 
     def __init__(self, config, **settings):
-        super().__init__(config, settings)
+        super().__init__({**OPENVLA, **config}, settings)
         if not self.settings["temperature"] > 0:
             raise ValueError(
                 f"temperature: got {self.settings['temperature']}; need more than 0; "
@@ -610,10 +622,33 @@ class OpenVLA(Policy):
         space = self.tokenizer.token_to_id("▁")  # 29871 in Llama's vocabulary
         return row if row[-1] == space else row + [space]
 
-    def json_files(self):
-        """Return the official files beside weights and tokenizer, name -> content."""
-        config = {**self.config, "norm_stats": self.statistics}
-        return {"config.json": config, self.statistics_file: self.statistics}
+    def statistics_files(self):
+        return {self.statistics_file: self.statistics}
+
+    def model_files(self):
+        """Return the official files beside weights and tokenizer, name -> content.
+
+        auto_map says where the classes for AutoModel are: in the .py files of the checkpoint, as
+        its own auto_map has it, or else in the official repository.
+        """
+        config = {"pad_token_id": self.pad, **self.config, "norm_stats": self.statistics}
+        processor = dict(
+            PREPROCESSOR_FIELDS,
+            processor_class="PrismaticProcessor",
+            image_processor_type="PrismaticImageProcessor",
+            input_sizes=[[3, self.image_size, self.image_size]] * 2,
+        )
+        processor.update(self.passed_on.get("preprocessor_config.json", {}))
+        if not any(name.endswith(".py") for name in self.passed_on):
+            config["auto_map"] = OPENVLA_CLASSES
+            processor["auto_map"] = OPENVLA_PROCESSORS
+        tokens = dict(bos_token_id=self.bos, eos_token_id=self.eos, pad_token_id=self.pad)
+        tokens.update(self.passed_on.get("generation_config.json", {}))
+        return {
+            "config.json": config,
+            "preprocessor_config.json": processor,
+            "generation_config.json": tokens,
+        }
 
     def read_statistics(self, folder):
         """Return {file: {data set: statistics}}; the first file that has a data set counts."""
@@ -659,6 +694,9 @@ class Pi05(Policy):
     float32_layers = r"dense\.|action_\w+_proj|time_mlp"  # that are computed without autocast
     embedding = "language_model.embed_tokens.weight"
     statistics_file = "norm_stats.json"
+    special_tokens = dict(
+        pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
     fit = "pad"
     image_ndims = (4, 5)
     bos = 2
@@ -738,7 +776,7 @@ class Pi05(Policy):
         chain = []
         for i in range(self.steps):
             step = torch.full((batch, 1), i, device=self.device)
-            v, h = self.velocity(x, 1 - step / self.steps, kv, valid)
+            v, h = self.velocity(x, (self.steps - step) / self.steps, kv, valid)
             mean, std = self.transition(x, v, h, step)
             x_next = x - v / self.steps  # the ODE
             if i in noisy:
@@ -760,7 +798,7 @@ class Pi05(Policy):
         value = self.value_head(pooled)[:, 0]
         if x.shape[1] == 0:  # a chunk of the ODE has no density
             return torch.zeros_like(value), torch.zeros_like(value), value
-        v, h = self.velocity(x, 1 - step / self.steps, kv, valid)
+        v, h = self.velocity(x, (self.steps - step) / self.steps, kv, valid)
         mean, std = self.transition(x, v, h, step)
         logp, entropy = self.chain_logp(x, trace["x_next"], mean, std)
         return logp, entropy, value
@@ -1016,13 +1054,110 @@ class Pi05(Policy):
         name = re.sub(r"^(module\.|model\.|paligemma_with_expert\.|paligemma\.)*", "", name)
         return name.replace("gemma_expert.model.", "gemma_expert.")
 
-    def json_files(self):
-        """Return openpi's files beside weights and tokenizer, name -> content."""
-        files = {"config.json": self.config}
+    def statistics_files(self):
+        """Return norm_stats.json twice, where openpi looks for it and where RLinf does."""
+        files = {}
         for name, stats in self.statistics.items():
             stats = {part.replace("action", "actions"): stats[part] for part in stats}
-            files[f"assets/{name}/norm_stats.json"] = {"norm_stats": stats}
+            for folder in (f"assets/{name}", name):
+                files[f"{folder}/{self.statistics_file}"] = {"norm_stats": stats}
         return files
+
+    def model_files(self):
+        """Return LeRobot's files beside weights and tokenizer, name -> content.
+
+        config.json has the fields of LeRobot alone, which refuses others. So it refuses a tiny
+        policy by the sizes in it: it only knows the official ones.
+        """
+        size = self.image_size
+        inputs = {
+            name: dict(type="VISUAL", shape=[3, size, size]) for name in self.camera_names()
+        }
+        if self.has_statistics() and "state" in self.scaled_features():
+            numbers = len(self.quantiles("state")[0])
+            inputs["observation.state"] = dict(type="STATE", shape=[numbers])
+        outputs = dict(action=dict(type="ACTION", shape=[ACTION_DIM]))
+        config = dict(
+            type="pi05",
+            chunk_size=self.horizon,
+            n_action_steps=self.chunk,
+            num_inference_steps=self.steps,
+            max_action_dim=self.action_dim,
+            tokenizer_max_length=self.config["max_token_len"],
+            image_resolution=[size, size],
+            input_features=inputs,
+            output_features=outputs,
+            normalization_mapping=LEROBOT_MODES,
+        )
+        official = complete_pi05({})
+        for name in ("vision", "vlm", "expert", "vocab_size"):
+            if self.config[name] != official[name]:
+                config[name] = self.config[name]
+        files = {"config.json": config}
+        if self.has_statistics():
+            files.update(self.processors({**inputs, **outputs}))
+        return files
+
+    def camera_names(self):
+        """Return the names of its images in a data set, in their order; [] if they are unknown."""
+        features = self.config.get("input_features") or {}
+        given = [name for name, feature in features.items() if feature.get("type") == "VISUAL"]
+        return self.deployment.get("cameras") or given
+
+    def processors(self, features):
+        """Return LeRobot's processors, which turn observations into tokens and undo the scaling.
+
+        features: the input_features and output_features of config.json
+        """
+        scaling = dict(eps=1e-8, features=features, norm_map=LEROBOT_MODES)
+        prompt = STATE_STEP if self.reads_state else "pi0_new_line_processor"
+        tokens = dict(
+            max_length=self.config["max_token_len"],
+            task_key="task",
+            padding_side="right",
+            padding="max_length",
+            truncation=True,
+            tokenizer_name="google/paligemma-3b-pt-224",  # which tokenizer.json is, too
+        )
+        device = dict(device="cpu", float_dtype=None)
+        before = {
+            "rename_observations_processor": dict(rename_map={}),
+            "to_batch_processor": {},
+            "normalizer_processor": scaling,
+            prompt: {},
+            "tokenizer_processor": tokens,
+            "device_processor": device,
+        }
+        after = {"unnormalizer_processor": scaling, "device_processor": device}
+        files = {}
+        for name, steps in (("policy_preprocessor", before), ("policy_postprocessor", after)):
+            listed = []
+            for number, (step, config) in enumerate(steps.items()):
+                listed.append(dict(registry_name=step, config=config))
+                if config is scaling:
+                    listed[-1]["state_file"] = f"{name}_step_{number}_{step}.safetensors"
+            files[f"{name}.json"] = dict(name=name, steps=listed)
+        return files
+
+    def scaled_features(self):
+        """Return what is scaled by statistics, part of them -> LeRobot's name."""
+        if self.reads_state and "state" in self.stats:
+            return dict(action="action", state="observation.state")
+        return dict(action="action")
+
+    def tensor_files(self):
+        """Return the statistics of LeRobot's processors, name -> tensors."""
+        if not self.has_statistics():
+            return {}
+        tensors = {}
+        for part, name in self.scaled_features().items():
+            size = len(self.quantiles(part)[0])
+            for statistic in LEROBOT_STATISTICS:
+                if statistic in self.stats[part]:
+                    numbers = np.array(self.stats[part][statistic][:size], np.float32)
+                    tensors[f"{name}.{statistic}"] = torch.from_numpy(numbers)
+        files = ("preprocessor_step_2_normalizer", "postprocessor_step_0_unnormalizer")
+        return {f"policy_{file}_processor.safetensors": tensors for file in files}
 
     def read_statistics(self, folder):
         """Return {file: {data set: statistics}} of openpi, RLinf (<any folder>) and LeRobot."""
@@ -1031,21 +1166,27 @@ class Pi05(Policy):
         for file in sorted(folder.rglob(self.statistics_file)):
             files.append(str(file.relative_to(folder)))
             name = str(file.parent.relative_to(folder)).removeprefix("assets/")
+            name = "norm_stats" if name == "." else name
             stats = read_json(file).get("norm_stats", {})
             stats = {part.replace("actions", "action"): stats[part] for part in stats}
-            found["norm_stats" if name == "." else name] = stats
+            if found.setdefault(name, stats) != stats:
+                raise ValueError(
+                    f"{files}: got two different ones of {name}; need one; try to remove one"
+                )
+        lerobot = {}
+        processors = []
         for file in sorted(folder.glob("policy_p*normalizer_processor.safetensors")):
-            files.append(file.name)
+            processors.append(file.name)
             for key, value in read_safetensors(file).items():
                 part, _, statistic = key.removeprefix("observation.").rpartition(".")
                 if part not in ("action", "state"):
                     continue
-                stats = found.setdefault("lerobot", {}).setdefault(part, {})
+                stats = lerobot.setdefault("lerobot", {}).setdefault(part, {})
                 if stats.setdefault(statistic, value.tolist()) != value.tolist():
                     raise ValueError(
-                        f"{files}: got two different {key}; need one; try the whole download"
+                        f"{processors}: got two different {key}; need one; try the whole download"
                     )
-        return {" and ".join(files): found}
+        return {" and ".join(files): found, " and ".join(processors): lerobot}
 
 
 # ---- plumbing: skip on first reading -----------------------------------------------------
@@ -1092,6 +1233,8 @@ LEROBOT_NAMES = dict(
     chunk_size="action_horizon",
     tokenizer_max_length="max_token_len",
 )
+LEROBOT_STATISTICS = "min max mean std q01 q10 q50 q90 q99".split()
+LEROBOT_MODES = dict(ACTION="QUANTILES", STATE="QUANTILES", VISUAL="IDENTITY")
 STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
 
 # What is computed here, by file and field; several values in a tuple. Another value in a
@@ -1105,6 +1248,11 @@ OPENVLA_FIELDS = {
     "timm_override_act_layers": [None, None],
     "arch_specifier": "no-align+fused-gelu-mlp",
     "llm_backbone_id": "llama2-7b-pure",
+}
+OPENVLA = dict(
+    OPENVLA_FIELDS, model_type="openvla", architectures=["OpenVLAForActionPrediction"]
+)
+OPENVLA_FIELDS |= {
     "hf_llm_id": "meta-llama/Llama-2-7b-hf",
     "output_projector_states": False,
     "quantization_config": (),
@@ -1138,6 +1286,16 @@ PREPROCESSOR_FIELDS = {
     "interpolations": ["bicubic", "bicubic"],
     "means": [PIXEL_MEAN[:3], PIXEL_MEAN[3:]],
     "stds": [PIXEL_STD[:3], PIXEL_STD[3:]],
+}
+OPENVLA_CLASSES = {
+    "AutoConfig": "openvla/openvla-7b--configuration_prismatic.OpenVLAConfig",
+    "AutoModelForVision2Seq": (
+        "openvla/openvla-7b--modeling_prismatic.OpenVLAForActionPrediction"
+    ),
+}
+OPENVLA_PROCESSORS = {
+    "AutoImageProcessor": "openvla/openvla-7b--processing_prismatic.PrismaticImageProcessor",
+    "AutoProcessor": "openvla/openvla-7b--processing_prismatic.PrismaticProcessor",
 }
 PI05_FIELDS = {
     "pi05": True,
@@ -1650,7 +1808,8 @@ def load_lora(policy, folder):
 # What is read is used or refused: whatever in a folder changes actions, and is not honoured
 # here, stops the loading by its name. What was chosen for the user is said in policy.notes.
 
-PASSED_ON = ("tokenizer_config.json", "preprocessor_config.json", "generation_config.json")
+PASSED_ON = """tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json
+preprocessor_config.json generation_config.json""".split()
 WEIGHT_FILES = ".safetensors .pt .pth .bin .ckpt .h5 .msgpack .gguf .pkl".split()
 STATISTICS = re.compile(r".*(stats|statistics)\w*\.json")
 DUMPS = "model_state_dict/full_wei*ts.pt"  # RLinf's, which sometimes are full_weigths.pt
@@ -1942,6 +2101,9 @@ def starting(tensors, start):
 
 def take_heads(policy, heads):
     """Copy value and noise head of a checkpoint, where they have our names and shapes."""
+    # RLinf's value head for OpenVLA is this one, and reads the same hidden state.
+    if policy.kind == "openvla":
+        heads = {key.replace("value_head.mlp.", "value_head."): heads[key] for key in heads}
     for start in HEADS:
         own = starting(policy.state_dict(), start)
         given = starting(heads, start)
@@ -2057,11 +2219,18 @@ def official_tensors(policy):
     return tensors
 
 
+README_OF_ADAPTERS = """# Adapters, not a whole policy
+
+LoRA adapters in PEFT's format of the base model {name} (sha256 of samples of it: {sha256}).
+For loaders that do not read PEFT, merge them: `python policies.py --export THIS_FOLDER NEW_FOLDER`
+"""
+
+
 def save_policy(policy, folder):
-    """Write policy.json, heads, statistics, tokenizer, and the official weights.
+    """Write policy.json, heads, statistics, tokenizer, and the official weights and files.
 
     A policy with adapters becomes a PEFT folder instead, which names its base: the adapters, but
-    not the weights, which did not change.
+    neither weights nor config.json, so that nobody can take it for the whole model.
     """
     adapted = bool(lora_modules(policy))
     if adapted and not policy.base["name"]:
@@ -2069,23 +2238,38 @@ def save_policy(policy, folder):
             "save: got adapters on weights that are in no checkpoint; need their base; try "
             "policies.merge_lora(policy), or to save the policy before add_lora, and load that"
         )
-    files = policy.json_files()
-    files["policy.json"] = dict(settings=policy.settings)
-    weights = dict(heads=starting(policy.state_dict(), HEADS))
+    files = policy.statistics_files()
+    files["policy.json"] = dict(settings=policy.settings, deployment=policy.deployment)
+    files["tokenizer_config.json"] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        **policy.special_tokens,
+        **policy.passed_on.get("tokenizer_config.json", {}),
+    }
+    weights = {"heads.safetensors": starting(policy.state_dict(), HEADS)}
     if adapted:
         files["policy.json"]["base"] = policy.base
         save_lora(policy, folder, base=policy.base["name"])
+        (folder / "README.md").write_text(README_OF_ADAPTERS.format(**policy.base))
     else:
-        weights["model"] = official_tensors(policy)
+        files = {**policy.passed_on, **files, **policy.model_files()}
+        weights["model.safetensors"] = official_tensors(policy)
+        weights.update(policy.tensor_files())
     for name, content in files.items():
-        write_json(folder / name, content)
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            write_json(folder / name, content)
     for name, tensors in weights.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / name, metadata={"format": "pt"})
     if policy.tokenizer:
+        if policy.tokenizer.post_processor is None:  # others have it put BOS in front
+            bos = policy.special_tokens["bos_token"]
+            tokens = [(bos, policy.bos)]
+            front = TemplateProcessing(single=f"{bos} $A", special_tokens=tokens)
+            policy.tokenizer.post_processor = front
         policy.tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in policy.passed_on.items():
-        (folder / name).write_bytes(content)
 
 
 @torch.no_grad()
@@ -2201,6 +2385,19 @@ def find_adapter(folder, paths):
     return found[0] if found else None
 
 
+def read_config(folders):
+    """Return the content of the first config.json."""
+    file = first(folders, "config.json")
+    if file is None and weight_names(folders[-1]):
+        raise ValueError(
+            f"{folders[-1]}/config.json: got no such file; need what the weights do not say; try "
+            "that of the model they were trained from, or for pi0.5 of openpi, which writes none, "
+            'a file with {"type": "pi05", "action_horizon": H}, H of the training config, and '
+            '"discrete_state_input": true where that says so'
+        )
+    return read_json(file or folders[-1] / "config.json")
+
+
 def kind_of(config):
     """Return the kind of policy that a config.json describes; openpi's does not name it."""
     default = "pi05" if "action_horizon" in config else None
@@ -2249,7 +2446,7 @@ def load_policy(
     folder, own_adapter, base = find_base(name, base)
     adapter = find_adapter(folder, (adapter, own_adapter))
     folders = [adapter, folder] if adapter else [folder]
-    config = read_json(first(folders, "config.json") or folder / "config.json")
+    config = read_config(folders)
     policy = build(config, **{**saved_settings(folders), **settings})
     weights = weight_names(folder)
     policy.base = dict(name=base, sha256=sample_hash(folder, weights))
@@ -2258,6 +2455,7 @@ def load_policy(
     check_files(policy, folder, weights, problems)
     check_adapter(policy, adapter, folder, problems)
     problems.stop()
+    policy.deployment = first_json(folders, "policy.json").get("deployment", {})
     load_statistics(policy, folders, settings.get("unnorm_key"))
     load_tokenizer(policy, folders, tokenizer)
     note_inputs(policy)
@@ -2274,8 +2472,9 @@ def load_policy(
     init_weights(policy, seed, only=HEADS)
     file = first(folders, "heads.safetensors")
     take_heads(policy, read_safetensors(file) if file else heads)
-    files = filter(None, [first(folders, name) for name in PASSED_ON])
-    policy.passed_on = {file.name: file.read_bytes() for file in files}
+    if first(folders, "training_state.pt"):
+        policy.notes.append("value_head: that of RL4VLA in training_state.pt is not read")
+    policy.passed_on = files_passed_on(folders)
     if adapter:
         load_lora(policy, adapter)
     policy.to(device)
@@ -2284,6 +2483,17 @@ def load_policy(
     if lora_rank:
         add_lora(policy, lora_rank, seed)
     return prepare(policy, freeze, gradient_checkpointing).to(device)
+
+
+def files_passed_on(folders):
+    """Return the files that a saved policy needs for others' loaders, name -> content."""
+    names = [*PASSED_ON]
+    for folder in folders:
+        names += sorted(file.name for file in folder.glob("*.py"))  # classes for AutoModel
+    files = {}
+    for file in filter(None, [first(folders, name) for name in names]):
+        files[file.name] = read_json(file) if file.suffix == ".json" else file.read_bytes()
+    return files
 
 
 def saved_settings(folders):
@@ -2310,9 +2520,9 @@ def note_inputs(policy):
     policy.notes.append(
         f"actions: {policy.chunk} of {policy.horizon} are executed, after {policy.steps} steps"
     )
-    features = policy.config.get("input_features") or {}
-    cameras = [name for name, feature in features.items() if feature.get("type") == "VISUAL"]
+    cameras = policy.camera_names()
     if cameras:
+        policy.deployment["cameras"] = cameras
         policy.notes.append(f"cameras: {cameras}, in this order; those not given are missing")
 
 
@@ -2667,6 +2877,20 @@ def report(name, policy, args):
         print(f"  decoder, forward and backward: {ratio:.2f} x as fast as transformers' Llama")
 
 
+def export(args):
+    """Write a policy to a new folder for others' loaders, with its adapters merged."""
+    name, folder = args.export
+    try:
+        if Path(folder).exists():
+            raise ValueError(
+                f"--export: got {folder}, which exists; need a new folder; try another name"
+            )
+        load_policy(name, args.device, args.dtype, merge=True, freeze="all").save(folder)
+    except ValueError as error:
+        raise SystemExit(str(error))
+    print(f"wrote {folder}")
+
+
 def main():
     """Check the bundled policies, and measure policies of either size."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -2680,7 +2904,13 @@ def main():
     parser.add_argument("--batch", nargs="*", type=int, default=[64])
     parser.add_argument("--transformers", action="store_true", help="compare with its Llama, too")
     parser.add_argument("--save", help="only write a random policy to this folder")
+    parser.add_argument(
+        "--export", nargs=2, metavar=("POLICY", "FOLDER"),
+        help="only write a policy to a new folder, its adapters merged, for others' loaders",
+    )
     args = parser.parse_args()
+    if args.export:
+        return export(args)
     torch.set_num_threads(1)
     options = dict(dtype=args.dtype, freeze=args.freeze)
     for name in args.policy:

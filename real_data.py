@@ -52,12 +52,17 @@ from tqdm import tqdm
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper_opening", "zero")
+ACTIONS = (
+    "change of the tool (TCP) per control step in the robot base frame: dx dy dz [m], droll dpitch "
+    "dyaw [rad]; then the gripper, -1 close .. +1 open"
+)
 MIN_RANGE = 1e-3       # m or rad; a dimension with q99 - q01 below this hardly moves
 MAX_SPEED = 1.0        # m/s; what moves faster is hardly a delta in metres
 MAX_TURN_SPEED = 5.0   # rad/s; what turns faster is hardly a delta in radians
 ODD_SHARE = 0.01       # share of odd frames that is refused; fewer are warned of
 PAUSE_SPEED = 0.015    # m/s; slower frames are pauses, which training leaves out
 EXPERT_NOISE = 0.005   # m; disturbs what the scripted expert executes, not what is recorded
+QUANTILES = dict(q01=0.01, q10=0.1, q50=0.5, q90=0.9, q99=0.99)  # those that LeRobot keeps
 
 
 def cores():
@@ -322,13 +327,13 @@ def statistics(values, weights=None):
     weights (N,): how much each row counts; None: all the same, and quantiles interpolate."""
     values = np.asarray(values, np.float64)
     method = "linear" if weights is None else "inverted_cdf"
-    quantiles = np.quantile(values, (0.01, 0.99), axis=0, weights=weights, method=method)
+    shares = list(QUANTILES.values())
+    quantiles = np.quantile(values, shares, axis=0, weights=weights, method=method)
     share = np.ones(len(values)) if weights is None else np.asarray(weights)
     share = share / share.sum()
     mean = share @ values
     stats = dict(
-        q01=quantiles[0],
-        q99=quantiles[1],
+        zip(QUANTILES, quantiles),
         min=values.min(axis=0),
         max=values.max(axis=0),
         mean=mean,
@@ -1304,7 +1309,8 @@ def write_dataset(folder, episodes, fps):
 
 
 def write_video(path, episodes, fps):
-    """Write the images of all episodes. Returns (H, W) and a list of the rest of each."""
+    """Write the images of all episodes. Returns (H, W) and a list of the rest of each, with
+    (3, 256) how many pixels have each value of red, green and blue."""
     path.parent.mkdir(parents=True)
     video = None
     rows = []
@@ -1333,7 +1339,9 @@ def write_video(path, episodes, fps):
                 video.send(None)
             for image in images:
                 video.send(np.ascontiguousarray(image))
-            rows.append((np.float32(states), np.float32(actions), text, scene))
+            channels = images.reshape(-1, 3).T
+            pixels = np.stack([np.bincount(channel, minlength=256) for channel in channels])
+            rows.append((np.float32(states), np.float32(actions), text, scene, pixels))
     finally:
         if video is not None:
             video.close()
@@ -1342,9 +1350,9 @@ def write_video(path, episodes, fps):
     return size, rows
 
 
-def write_tables(folder, size, fps, states, actions, texts, scenes):
-    """Write everything of a LeRobot v3.0 data set but the video. states, actions, texts, scenes:
-    one of each per episode."""
+def write_tables(folder, size, fps, states, actions, texts, scenes, pixels):
+    """Write everything of a LeRobot v3.0 data set but the video. states, actions, texts, scenes,
+    pixels: one of each per episode."""
     values = {"observation.state": np.concatenate(states), "action": np.concatenate(actions)}
     tasks = list(dict.fromkeys(texts))
     lengths = np.array([len(part) for part in actions])
@@ -1357,13 +1365,15 @@ def write_tables(folder, size, fps, states, actions, texts, scenes):
     table = {}
     for key, value in values.items():
         table[key] = pa.FixedSizeListArray.from_arrays(pa.array(value.ravel()), value.shape[1])
-    table.update(
+    columns = dict(
         timestamp=(frame / fps).astype(np.float32),
         frame_index=frame,
         index=index,
         episode_index=owner,
-        task_index=[tasks.index(texts[e]) for e in owner],
+        task_index=np.array([tasks.index(texts[e]) for e in owner]),
     )
+    table.update(columns)
+    values.update({key: column[:, None] for key, column in columns.items()})
     episodes = {
         "episode_index": number,
         "tasks": [[text] for text in texts],
@@ -1377,6 +1387,7 @@ def write_tables(folder, size, fps, states, actions, texts, scenes):
     for part in ("data", "meta/episodes", f"videos/{CAMERA}"):
         episodes[f"{part}/chunk_index"] = 0 * number  # all in the first file
         episodes[f"{part}/file_index"] = 0 * number
+    episodes.update(episode_statistics(values, begins, ends, pixels))
     task_table = pa.table(dict(task_index=range(len(tasks)), task=tasks))
     for path, content in (
         ("data/chunk-000/file-000.parquet", pa.table(table)),
@@ -1385,19 +1396,47 @@ def write_tables(folder, size, fps, states, actions, texts, scenes):
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(content, folder / path)
+    stats = feature_statistics(values, sum(pixels))
+    (folder / "meta/stats.json").write_text(json.dumps(stats, indent=1))
     write_info(folder, size, fps, values, len(texts), len(tasks))
 
 
+def episode_statistics(values, begins, ends, pixels):
+    """Return columns of meta/episodes, stats/<feature>/<statistic>: a list of one value an episode.
+    LeRobot cannot split a set, delete from it or append to it without them."""
+    columns = collections.defaultdict(list)
+    for begin, end, counts in zip(begins, ends, pixels):
+        part = {key: value[begin:end] for key, value in values.items()}
+        for key, stats in feature_statistics(part, counts).items():
+            for name, numbers in stats.items():
+                columns[f"stats/{key}/{name}"].append(numbers)
+    return columns
+
+
+def feature_statistics(values, pixels):
+    """Return {feature: statistics} of some frames, as LeRobot has them.
+
+    values: {feature: (T, D)}; pixels (3, 256): how many pixels have each value of red, green, blue,
+    which count as 0 .. 1; their statistics have the shape (3, 1, 1)"""
+    stats = {key: statistics(value) for key, value in values.items()}
+    stats[CAMERA] = collections.defaultdict(list)
+    for counts in pixels:
+        present = np.flatnonzero(counts)
+        for name, numbers in statistics(present[:, None] / 255, counts[present]).items():
+            stats[CAMERA][name].append([numbers])
+    for each in stats.values():
+        each["count"] = [len(values["action"])]
+    return stats
+
+
 def write_info(folder, size, fps, values, episodes, tasks):
-    """Write info.json and stats.json. values: {feature: (N, D)}; episodes, tasks: how many."""
+    """Write info.json. values: {feature: (N, D)}; episodes, tasks: how many."""
     info = json.loads(INFO)
     frames = len(values["action"])
     features = info["features"]
     features[CAMERA]["shape"] = [*size, 3]
-    stats = {}
-    for (key, value), names in zip(values.items(), (STATE_NAMES, ACTION_NAMES)):
-        stats[key] = dict(statistics(value), count=[frames])
-        width = value.shape[1]
+    for key, names in (("observation.state", STATE_NAMES), ("action", ACTION_NAMES)):
+        width = values[key].shape[1]
         features[key].update(shape=[width], names=names if width == len(names) else None)
     info.update(
         fps=fps,
@@ -1406,7 +1445,6 @@ def write_info(folder, size, fps, values, episodes, tasks):
         total_tasks=tasks,
         splits=dict(train=f"0:{episodes}"),
     )
-    (folder / "meta/stats.json").write_text(json.dumps(stats, indent=1))
     (folder / "meta/info.json").write_text(json.dumps(info, indent=1))
 
 

@@ -761,7 +761,9 @@ def main_job(args):
     if args.init == "base" and not policy.has_statistics():
         limit = envs.ACTION_LIMIT  # a base of many robots, or none: the range of this controller
         policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
-    evaluate.check_ready(policy, sft_warmstart.task_names(args.task))
+    tasks = sft_warmstart.task_names(args.task)
+    evaluate.check_ready(policy, tasks)
+    sft_warmstart.describe(policy, [envs.TASKS[task].instruction for task in tasks])
     real, held_out = real_demonstrations(args, policy)
     env = envs.make_env(
         args.task,

@@ -308,9 +308,12 @@ def train(policy, options):
     training, held_out = open_demonstrations(options, policy)
     if options.statistics == "data":
         policy.set_statistics("demos", demonstration_statistics(policy, training, options))
-        say(f"statistics: of the training demonstrations ({' and '.join(training)})")
+        source = f"of the training demonstrations ({' and '.join(training)})"
+        say(f"statistics: {source}")
     else:
+        source = f"of {options.policy}"
         warn_beyond_range(policy, training)
+    describe_demonstrations(policy, training, source)
     sampler = real_data.MixSampler(
         training.get("sim"),
         training.get("real"),
@@ -519,6 +522,37 @@ def demonstration_statistics(policy, training, options):
     if not policy.reads_state:
         stats.pop("state", None)
     return stats
+
+
+def describe_demonstrations(policy, training, statistics):
+    """Note in policy.deployment what it is trained on; cameras and rate of the real ones count."""
+    instructions = [text for demos in training.values() for text in demos.instructions]
+    demos = training.get("real") or training["sim"]
+    describe(
+        policy,
+        instructions,
+        cameras=demos.recording.cameras,
+        control_hz=float(demos.fps),
+        statistics=statistics,
+    )
+
+
+def describe(policy, instructions, **known):
+    """Note in policy.deployment, which is saved, what a robot must know that this policy moves.
+
+    instructions: those it is trained on now. known: cameras, control_hz and statistics. What is
+    not given is as in the checkpoint, or else as in simulation.
+    """
+    simulated = dict(
+        cameras=[real_data.CAMERA],
+        control_hz=float(envs.CONTROL_HZ),
+        actions=real_data.ACTIONS,
+        statistics="of the checkpoint",
+        base=policy.base,
+    )
+    trained_on = {*policy.deployment.get("instructions", ()), *instructions}
+    policy.deployment = {**simulated, **policy.deployment, **known}
+    policy.deployment["instructions"] = sorted(trained_on)
 
 
 def warn_beyond_range(policy, training):
@@ -822,6 +856,7 @@ def whole_policy(shared, options):
         p.data.copy_(gathered(share))
     policy.statistics = shared.statistics
     policy.settings = shared.settings
+    policy.deployment = shared.deployment
     return policy
 
 

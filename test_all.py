@@ -3699,11 +3699,19 @@ LIMIT = [0.04] * 3 + [0.2] * 3 + [1.0]        # of actions, as statistics
 
 
 def fault_copy(tmp_path, name, target="policy"):
-    """Return a copy of a bundled checkpoint as somebody else would have written it."""
+    """Return a copy of a bundled checkpoint as OpenVLA or openpi would have written it."""
     folder = tmp_path / target
     shutil.copytree(policies.BUNDLED[name], folder)
-    (folder / "policy.json").unlink()
-    (folder / "heads.safetensors").unlink()
+    for file in ("policy.json", "heads.safetensors", *folder.glob("policy_p*")):
+        (folder / file).unlink()
+    if name == "pi05":
+        shutil.rmtree(folder / "panda")
+        content = json.loads((folder / "config.json").read_text())
+        for theirs, ours in policies.LEROBOT_NAMES.items():
+            content[ours] = content.pop(theirs)
+        openpi = ("type", "vision", "vlm", "expert", "vocab_size", *policies.LEROBOT_NAMES.values())
+        content = {key: value for key, value in content.items() if key in openpi}
+        (folder / "config.json").write_text(json.dumps(content))
     return folder
 
 
@@ -4316,6 +4324,361 @@ def test_prompts_that_are_cut_off():
         policies.check_texts(policy, ["open the drawer", long])
     with pytest.raises(ValueError, match="the same tokens"):
         policies.check_texts(policy, [long + "now", long])
+
+
+# -- folders for others: LeRobot, openpi, RLinf, OpenVLA's code, PEFT
+
+
+def layout_json(*path):
+    return json.loads(pathlib.Path(*path).read_text())
+
+
+def layout_state():
+    """Return the tiny pi0.5 with the state in its prompt, and statistics of both."""
+    policy = policies.load_policy("pi05", discrete_state=True, chunk=6, steps=5)
+    state = dict(q01=[-1.0] * 7 + [0.0], q99=[1.0] * 7 + [0.0], mean=[0.1] * 8, std=[0.2] * 8)
+    action = dict(policy.stats["action"], mean=[0.0] * 7, std=[0.1] * 7, min=LIMIT, max=LIMIT)
+    policy.set_statistics("org/lab", dict(action=action, state=state))
+    policy.deployment = dict(cameras=["observation.images.front", "observation.images.wrist"])
+    return policy
+
+
+LAYOUT_CONFIG = dict(
+    type="pi05",
+    chunk_size=8,
+    n_action_steps=6,
+    num_inference_steps=5,
+    max_action_dim=8,
+    tokenizer_max_length=200,
+    image_resolution=[64, 64],
+    input_features={
+        "observation.images.front": dict(type="VISUAL", shape=[3, 64, 64]),
+        "observation.images.wrist": dict(type="VISUAL", shape=[3, 64, 64]),
+        "observation.state": dict(type="STATE", shape=[8]),
+    },
+    output_features=dict(action=dict(type="ACTION", shape=[7])),
+    normalization_mapping=dict(ACTION="QUANTILES", STATE="QUANTILES", VISUAL="IDENTITY"),
+)
+
+
+def test_a_saved_pi05_is_a_folder_of_lerobot(tmp_path):
+    policy = layout_state()
+    policy.save(tmp_path / "saved")
+    config = layout_json(tmp_path, "saved/config.json")
+    sizes = {name: config.pop(name) for name in ("vision", "vlm", "expert", "vocab_size")}
+    assert config == LAYOUT_CONFIG and sizes["vlm"]["width"] == 128
+    official = policies.build(dict(type="pi05"))
+    assert official.model_files().keys() == {"config.json"}, "no statistics, no processors"
+    fields = {*LAYOUT_CONFIG}
+    assert official.model_files()["config.json"].keys() == fields, "LeRobot refuses all others"
+
+    before = layout_json(tmp_path, "saved/policy_preprocessor.json")["steps"]
+    assert [step["registry_name"] for step in before] == [
+        "rename_observations_processor",
+        "to_batch_processor",
+        "normalizer_processor",
+        "pi05_prepare_state_tokenizer_processor_step",
+        "tokenizer_processor",
+        "device_processor",
+    ]
+    tokens = before[4]["config"]
+    assert tokens["max_length"] == 200 and tokens["padding_side"] == "right"
+    assert tokens["tokenizer_name"] == "google/paligemma-3b-pt-224"
+    after = layout_json(tmp_path, "saved/policy_postprocessor.json")["steps"]
+    assert [step["registry_name"] for step in after] == [
+        "unnormalizer_processor",
+        "device_processor",
+    ]
+    for step in (before[2], after[0]):
+        features = {**config["input_features"], **config["output_features"]}
+        assert step["config"]["features"] == features
+        assert step["config"]["norm_map"] == config["normalization_mapping"]
+        stats = load_file(tmp_path / "saved" / step["state_file"])
+        parts = {"observation.state": policy.stats["state"], "action": policy.stats["action"]}
+        names = {f"action.{name}" for name in "min max mean std q01 q99".split()}
+        names |= {f"observation.state.{name}" for name in "mean std q01 q99".split()}
+        assert stats.keys() == names
+        for name, tensor in stats.items():
+            part, _, statistic = name.rpartition(".")
+            assert tensor.tolist() == pytest.approx(parts[part][statistic])
+    x = torch.randn(2, 8, 8, generator=policy_generator())
+    scaled = (x[..., :7] + 1) * (stats["action.q99"] - stats["action.q01"]) / 2
+    policy_near(policy.unnormalize(x), scaled + stats["action.q01"], 1e-5)
+
+    again = policies.load_policy(tmp_path / "saved")
+    assert again.settings == json.loads(json.dumps(policy.settings))
+    assert again.statistics == policy.statistics, "those of LeRobot's files come second"
+    assert again.deployment == policy.deployment and again.reads_state
+    policies.load_policy("pi05", discrete_state=True).save(tmp_path / "without those of states")
+    bare = policies.load_policy("pi05", discrete_state=True, unnorm_key="none")
+    bare.save(tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("policy_p*")), "LeRobot cannot scale without them"
+    stateless = policies.load_policy("pi05")
+    steps = stateless.model_files()["policy_preprocessor.json"]["steps"]
+    assert steps[3] == dict(registry_name="pi0_new_line_processor", config={})
+    assert not any("state" in name for name in next(iter(stateless.tensor_files().values())))
+
+
+def test_openpi_and_rlinf_find_statistics_with_mean_and_std(tmp_path):
+    layout_state().save(tmp_path / "saved")
+    for folder in (policies.BUNDLED["pi05"] / "assets/panda", policies.BUNDLED["pi05"] / "panda",
+                   tmp_path / "saved/assets/org/lab", tmp_path / "saved/org/lab"):
+        assert (folder / "norm_stats.json").exists()
+        stats = layout_json(folder, "norm_stats.json")["norm_stats"]
+        assert set(stats) in ({"actions"}, {"actions", "state"})
+        for numbers in stats.values():
+            assert all(len(numbers[name]) >= 7 for name in ("mean", "std", "q01", "q99"))
+    fault_json(tmp_path / "saved/org/lab/norm_stats.json", norm_stats=dict(actions=fault_range()))
+    with pytest.raises(ValueError, match="got two different ones of org/lab; need one"):
+        policies.load_policy(tmp_path / "saved")
+
+
+def test_pretraining_adds_mean_and_std():
+    policy = policies.make_tiny("pi05")
+    demos = types.SimpleNamespace(actions=np.arange(14.0).reshape(2, 7))
+    pretrain.add_moments(policy, demos)
+    assert policy.stats["action"]["mean"] == [3.5 + d for d in range(7)]
+    assert policy.stats["action"]["std"] == [3.5] * 7
+
+
+def test_weights_of_pi05_have_the_names_of_openpi(tmp_path):
+    policies.make_tiny("pi05").save(tmp_path / "saved")
+    names = load_file(tmp_path / "saved/model.safetensors").keys()
+    official = load_file(REFERENCE / "pi05_a/model.safetensors").keys()
+
+    def kinds(names):
+        return {re.sub(r"layers\.\d+", "layers", name) for name in names}
+
+    assert kinds(names) == kinds(official)
+
+
+LAYOUT_CODE = "configuration_prismatic.py modeling_prismatic.py processing_prismatic.py".split()
+
+
+def test_a_saved_openvla_is_a_folder_of_its_official_code(tmp_path):
+    policies.make_tiny("openvla").save(tmp_path / "saved")
+    config = layout_json(tmp_path, "saved/config.json")
+    expected = dict(
+        model_type="openvla",
+        architectures=["OpenVLAForActionPrediction"],
+        vision_backbone_id="dinosiglip-vit-so-224px",
+        llm_backbone_id="llama2-7b-pure",
+        pad_token_id=515,
+        auto_map={
+            "AutoConfig": "openvla/openvla-7b--configuration_prismatic.OpenVLAConfig",
+            "AutoModelForVision2Seq":
+                "openvla/openvla-7b--modeling_prismatic.OpenVLAForActionPrediction",
+        },
+    )
+    assert expected.items() <= config.items() and set(config["norm_stats"]) == {"placeholder"}
+    processor = layout_json(tmp_path, "saved/preprocessor_config.json")
+    expected = dict(
+        processor_class="PrismaticProcessor",
+        image_processor_type="PrismaticImageProcessor",
+        image_resize_strategy="resize-naive",
+        input_sizes=[[3, 64, 64]] * 2,
+        means=[[0.485, 0.456, 0.406], [0.5] * 3],
+        stds=[[0.229, 0.224, 0.225], [0.5] * 3],
+        auto_map={
+            "AutoImageProcessor":
+                "openvla/openvla-7b--processing_prismatic.PrismaticImageProcessor",
+            "AutoProcessor": "openvla/openvla-7b--processing_prismatic.PrismaticProcessor",
+        },
+    )
+    assert expected.items() <= processor.items()
+    tokens = layout_json(tmp_path, "saved/generation_config.json")
+    assert tokens == dict(bos_token_id=1, eos_token_id=2, pad_token_id=515)
+
+
+def test_a_layout_keeps_the_classes_of_the_checkpoint(tmp_path):
+    """Its .py files are copied, and its auto_map stays; also from the base of adapters."""
+    folder = fault_copy(tmp_path, "openvla")
+    own = dict(AutoConfig="configuration_prismatic.OpenVLAConfig")
+    for name in ("config.json", "preprocessor_config.json"):
+        fault_json(folder / name, auto_map=own)
+    for name in LAYOUT_CODE:
+        (folder / name).write_text(f"# {name}")
+    policies.load_policy(folder).save(tmp_path / "saved")
+    policies.load_policy(tmp_path / "saved", lora_rank=2).save(tmp_path / "adapters")
+    policies.load_policy(tmp_path / "adapters", merge=True).save(tmp_path / "merged")
+    for target in (tmp_path / "saved", tmp_path / "merged"):
+        assert sorted(file.name for file in target.glob("*.py")) == LAYOUT_CODE
+        assert (target / LAYOUT_CODE[0]).read_text() == f"# {LAYOUT_CODE[0]}"
+        for name in ("config.json", "preprocessor_config.json"):
+            assert layout_json(target, name)["auto_map"] == own
+    assert not list((tmp_path / "adapters").glob("*.py"))
+
+
+@pytest.mark.parametrize("name, ids, front", [
+    ("openvla", [4, 25, 12, 31, 26, 69, 5, 3], [1]),
+    ("pi05", [2, 104, 13, 32, 27, 70, 7], [2]),
+])
+def test_saved_tokenizers_put_bos_in_front_and_prompts_have_it_once(tmp_path, name, ids, front):
+    policy = policies.load_policy(name)
+    text = "push the red cube forward"
+    assert policy.row(text) == ids
+    policy.tokenizer.post_processor = None      # as that of an old checkpoint
+    policy.passed_on = {}
+    policy.save(tmp_path / "saved")
+    for folder in (policies.BUNDLED[name], tmp_path / "saved"):
+        again = policies.load_policy(folder)
+        assert again.row(text) == ids, "no second BOS"
+        others = again.tokenizer.encode("a", add_special_tokens=True).ids
+        assert others == front + again.encode("a")
+        config = layout_json(folder, "tokenizer_config.json")
+        assert config["model_input_names"] == ["input_ids", "attention_mask"]
+        assert config["bos_token"] == again.tokenizer.id_to_token(front[0])
+
+
+@policy_both
+def test_a_layout_of_adapters_holds_no_base_and_export_merges(tmp_path, name, monkeypatch, capsys):
+    adapters = tmp_path / "adapters"
+    policy = policies.load_policy(name, lora_rank=2)
+    for layer in policies.lora_modules(policy).values():
+        layer.lora_B.weight.data.normal_(std=0.05, generator=policy_generator())
+    policy.deployment = dict(control_hz=5.0)
+    policy.save(adapters)
+    files = {file.name for file in adapters.rglob("*") if file.is_file()}
+    own = {"dataset_statistics.json"} if name == "openvla" else {"norm_stats.json"}
+    assert files == own | {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "heads.safetensors",
+        "policy.json", "tokenizer.json", "tokenizer_config.json",
+    }
+    said = (adapters / "README.md").read_text()
+    assert f"base model {name} " in said and policy.base["sha256"] in said
+    assert "policies.py --export" in said
+    command = ["policies.py", "--export", str(adapters), str(tmp_path / "whole")]
+    monkeypatch.setattr(sys, "argv", command)
+    policies.main()
+    whole = policies.load_policy(tmp_path / "whole")
+    assert not policies.lora_modules(whole) and whole.deployment == policy.deployment
+    seen, ours = policy_decide(policy, 3, "greedy")
+    theirs = whole.act(*seen, None, "greedy", policy_generator())
+    policy_near(theirs.actions, ours.actions, 1e-6 if name == "openvla" else 1e-5)
+    plain = policies.load_policy(name).act(*seen, None, "greedy", policy_generator())
+    assert (plain.actions - ours.actions).abs().max() > 1e-3, "the adapters matter"
+    with pytest.raises(SystemExit, match="--export: got .*whole, which exists; need .*; try "):
+        policies.main()
+    monkeypatch.setattr(sys, "argv", [*command[:2], "nowhere", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="policy nowhere: got no .*; need .*; try "):
+        policies.main()
+    assert not (tmp_path / "new").exists()
+
+
+def test_deployment_is_what_a_robot_must_know(tmp_path):
+    """Stage I describes its demonstrations; Stage II adds its instructions; adapters keep it."""
+    options = stage_options(tmp_path / "run", steps=1, sim_ratio=0.5)
+    saved = policies.load_policy(sft_warmstart.warm_start(options))
+    texts = {stage_episode(seed, 9)[3] for seed in (*range(4), *range(100, 104))}
+    base = policies.load_policy(options.policy).base
+    expected = dict(
+        cameras=["observation.images.front"],
+        control_hz=5.0,
+        actions=real_data.ACTIONS,
+        instructions=sorted(texts),
+        statistics=f"of {options.policy}",
+        base=base,
+    )
+    assert saved.deployment == expected
+    sft_warmstart.describe(saved, ["zip it"])
+    expected["instructions"] = sorted({*texts, "zip it"})
+    assert saved.deployment == expected
+    saved.save(tmp_path / "next")
+    policy = policies.load_policy(tmp_path / "next", lora_rank=2)
+    policy.save(tmp_path / "adapters")
+    assert policies.load_policy(tmp_path / "adapters").deployment == expected
+    fresh = policies.load_policy("openvla")
+    sft_warmstart.describe(fresh, ["open the drawer"])
+    assert fresh.deployment["control_hz"] == envs.CONTROL_HZ
+    assert fresh.deployment["cameras"] == [real_data.CAMERA]
+    assert fresh.deployment["base"] == fresh.base
+
+
+@policy_both
+def test_old_checkpoints_still_load(tmp_path, name):
+    """Without `deployment`, in openpi's config.json, with config.json beside the adapters."""
+    policy = policies.load_policy(name)
+    folder = fault_copy(tmp_path, name)
+    heads = policies.BUNDLED[name] / "heads.safetensors"
+    shutil.copy(heads, folder)
+    settings = dict(settings=policy.settings, lora=False)
+    policies.write_json(folder / "policy.json", settings)
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    old = policies.load_policy(folder)
+    assert policy_same(old, policy) and old.settings == json.loads(json.dumps(policy.settings))
+    assert old.statistics == policy.statistics and old.deployment == {}
+    policies.load_policy(folder, lora_rank=2).save(tmp_path / "adapters")
+    shutil.copy(folder / "config.json", tmp_path / "adapters")
+    assert policies.lora_modules(policies.load_policy(tmp_path / "adapters"))
+
+
+def test_a_layout_without_config_says_what_is_missing(tmp_path):
+    folder = fault_copy(tmp_path, "pi05")
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    message = fault_named(folder, "config.json: got no such file", "discrete_state_input")
+    assert '{"type": "pi05", "action_horizon": H}' in message
+    sizes = {key: sizes[key] for key in ("vision", "vlm", "expert", "vocab_size", "action_dim")}
+    given = dict(sizes, type="pi05", action_horizon=5)  # the official sizes need not be given
+    policies.write_json(folder / "config.json", given)
+    policy = policies.load_policy(folder, chunk=5)
+    assert policy.horizon == 5 and not policy.reads_state
+
+
+def test_value_heads_of_rlinf_are_loaded_and_those_of_rl4vla_are_named(tmp_path):
+    folder = fault_copy(tmp_path, "openvla")
+    heads = load_file(policies.BUNDLED["openvla"] / "heads.safetensors")
+    theirs = {key.replace("value_head.", "value_head.mlp."): heads[key] + 1 for key in heads}
+    fault_tensors(folder / "model.safetensors", theirs)
+    policy = policies.load_policy(folder)
+    state = policy.state_dict()
+    assert all(torch.equal(state[key], (heads[key] + 1).float()) for key in heads)
+    assert not any("anew" in note for note in policy.notes)
+    adapter = fault_adapter(tmp_path)
+    (adapter / "training_state.pt").write_bytes(b"vh and an optimizer")
+    notes = policies.load_policy(adapter).notes
+    assert "value_head: that of RL4VLA in training_state.pt is not read" in notes
+
+
+def layout_quantile(values, share):
+    """The smallest value that has this share of all values at or below it."""
+    return np.sort(values)[max(int(np.ceil(share * len(values) - 1e-9)) - 1, 0)]
+
+
+def test_recorded_sets_have_the_statistics_of_lerobot(tmp_path):
+    episodes = data_write(tmp_path / "set", (5, 8))
+    rows = pq.read_table(tmp_path / "set/meta/episodes").to_pylist()
+    whole = layout_json(tmp_path, "set/meta/stats.json")
+    features = layout_json(tmp_path, "set/meta/info.json")["features"]
+    kinds = "min max mean std count q01 q10 q50 q90 q99".split()
+    assert set(whole) == set(features)
+    for feature in features:
+        assert set(whole[feature]) == set(kinds)
+        names = {name for name in rows[0] if name.startswith(f"stats/{feature}/")}
+        assert names == {f"stats/{feature}/{kind}" for kind in kinds}
+    all_images = np.concatenate([episode[0] for episode in episodes])
+    all_actions = np.concatenate([episode[2] for episode in episodes])
+    cases = [(row, episode[0], episode[2]) for row, episode in zip(rows, episodes)]
+    flat = {f"stats/{key}/{kind}": whole[key][kind] for key in whole for kind in kinds}
+    for row, images, actions in [*cases, (flat, all_images, all_actions)]:
+        stats = {kind: np.array(row[f"stats/{real_data.CAMERA}/{kind}"]) for kind in kinds}
+        assert stats.pop("count").tolist() == [len(images)]
+        pixels = images.reshape(-1, 3) / 255
+        expected = {kind: getattr(pixels, kind)(axis=0) for kind in ("min", "max", "mean", "std")}
+        for kind, share in dict(q01=0.01, q10=0.1, q50=0.5, q90=0.9, q99=0.99).items():
+            expected[kind] = np.array([layout_quantile(pixels[:, c], share) for c in range(3)])
+        for kind, numbers in stats.items():
+            assert numbers.shape == (3, 1, 1)
+            assert np.allclose(numbers[:, 0, 0], expected[kind], atol=1e-12), kind
+        for kind, share in dict(q01=0.01, q10=0.1, q50=0.5, q90=0.9, q99=0.99).items():
+            wanted = np.quantile(np.float64(actions), share, axis=0)
+            assert np.allclose(row[f"stats/action/{kind}"], wanted)
+        assert np.allclose(row["stats/action/mean"], actions.mean(0), atol=1e-7)
+        assert np.allclose(row["stats/action/std"], actions.std(0), atol=1e-7)
+        assert row["stats/action/count"] == [len(actions)]
+    assert rows[1]["stats/index/min"] == [5.0] and rows[1]["stats/index/max"] == [12.0]
+    assert rows[1]["stats/frame_index/max"] == [7.0]
+    assert rows[1]["stats/timestamp/max"] == pytest.approx([0.7])
 
 
 class EvaluatePool:

@@ -369,9 +369,19 @@ def open_demonstrations(policy, options):
         sft_warmstart.barrier()
         opened = real_data.open_dataset(path, size, policy.horizon, fit=policy.fit)
         demos.append(opened.without_pauses(PAUSE))
+    add_moments(policy, demos[0])
     return real_data.MixSampler(
         *demos, 1 - FIRST_RATIO, options.batch, options.seed, rank(), world()
     )
+
+
+def add_moments(policy, demos):
+    """Add mean and std to the statistics, for openpi's reader; nothing here scales by them.
+
+    Those of the bundled checkpoints are of the first 320 episodes.
+    """
+    moments = real_data.statistics(demos.actions)
+    policy.stats["action"].update(mean=moments["mean"], std=moments["std"])
 
 
 def make_optimizers(trained):
