@@ -763,7 +763,8 @@ def main_job(args):
         policy.set_statistics("panda", dict(action=dict(q01=-limit, q99=limit)))
     tasks = sft_warmstart.task_names(args.task)
     evaluate.check_ready(policy, tasks)
-    sft_warmstart.describe(policy, [envs.TASKS[task].instruction for task in tasks])
+    texts = [envs.TASKS[task].instruction for task in tasks]
+    sft_warmstart.describe(policy, [text for text in texts if "{" not in text])  # as it is spoken
     real, held_out = real_demonstrations(args, policy)
     env = envs.make_env(
         args.task,

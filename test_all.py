@@ -6426,7 +6426,10 @@ def test_main_job_small(tmp_path, capsys, monkeypatch):
         (domain, *place) for domain in ("sim", "stand-in") for place in places
     ]
     assert list(out.glob("videos/*/*.mp4")) and (out / "curves.png").exists()
-    assert policies.load_policy(str(out / "policy")).kind == "pi05"
+    policy = policies.load_policy(str(out / "policy"))
+    assert policy.kind == "pi05" and policy.deployment["base"]["name"] == "pi05"
+    assert {"close the drawer", "open the drawer"} <= {*policy.deployment["instructions"]}
+    assert not any("{" in text for text in policy.deployment["instructions"])
     printed = capsys.readouterr()
     assert (
         "SFT co-training, then RL-Co, lambda 0.1, randomised places, visual, dynamics"
