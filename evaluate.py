@@ -1440,7 +1440,7 @@ TWIN = "--randomise places"         # the paper's setting: practice in the plain
 def study_of_anchor():
     """Return the arms of the study of lambda: in the default set-up, and in the plain twin."""
     arms = [CO_TRAINING]
-    for name, setting in (("randomised", ""), ("plain twin", TWIN)):
+    for name, setting in (("randomised dynamics", ""), ("plain twin", TWIN)):
         for weight in (0, 0.1, 0.3, 1, 3, 10):
             flags = f"--lambda-real {weight} --watch-real {setting}"
             arms.append(Arm(f"{name}, lambda {weight}", "", flags, name, weight))
@@ -1485,7 +1485,7 @@ STUDIES = dict(
         "pi0.5 on a robot, alpha 0, .5, .8, .9, .95: pick and place 72, 69, 42, 49, 36 %, open "
         "drawer 0, 5, 15, 15, 10 %", x="alpha"),
     data=Study(
-        study_of_data(), "SFT co-training, 10",
+        study_of_data(), "SFT co-training, 50",
         "pi0.5 on a robot, open drawer, 20, 50, 100, 200 demonstrations: SFT on real demos 0, 5, "
         "10, 50 %, SFT co-training 5, 25, 65, 70 %, RL-Co 65, 55, 75, 85 %",
         x="real demonstrations of a task"),

@@ -60,9 +60,7 @@ import evaluate
 import policies
 import real_data
 
-# Demonstrations to record per task. The paper has 20 to 50 real ones of harder tasks: of these, 50
-# are so many that simulated ones add nothing.
-RECORDED = dict(sim=300, real=10)
+RECORDED = dict(sim=300, real=50)  # demonstrations to record per task; the paper has 20-50 real
 HELD_OUT_FRAMES = 512  # frames of the held-out episodes whose loss is logged
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 VALIDATE_EVERY = 100  # optimizer steps between held-out losses
@@ -118,7 +116,7 @@ class Options:
         None, "LeRobot folder or hub id of real ones (default: record them on the stand-in)"
     )
     sim_episodes: int = flag(None, "simulated demonstrations to record per task (default: 300)")
-    real_episodes: int = flag(None, "stand-in demonstrations to record per task (default: 10)")
+    real_episodes: int = flag(None, "stand-in demonstrations to record per task (default: 50)")
     demos: str = flag(
         "runs/demos", "folder for recorded demonstrations; existing ones are used again"
     )

@@ -6387,9 +6387,9 @@ def test_presets_follow_policy_and_task(tmp_path, monkeypatch):
     assert sft_warmstart.parse(["--policy", "openvla"]).freeze == "vision"
     assert sft_warmstart.parse(["--policy", "pi05"]).steps == 2100
     args = rl_cotrain.parse(["--policy", "openvla", "--lambda-real", "0.1"])
-    assert args.randomise == ["places", "visual", "dynamics"] and args.critic == "state"
-    assert args.sft.out == "runs/sft-openvla-all-alpha0.5-real10-seed0"
-    assert rl_cotrain.parse(["--task", "pick-place"]).randomise == ["places"]
+    assert args.randomise == ["places", "dynamics"] and args.critic == "state"
+    assert args.sft.out == "runs/sft-openvla-all-alpha0.5-real50-seed0"
+    assert rl_cotrain.parse(["--task", "pick-place"]).randomise == ["places", "dynamics"]
     assert rl_cotrain.parse(["--task", "pick-place", "--randomise", "dynamics"]).randomise == [
         "dynamics"
     ]
@@ -6432,7 +6432,7 @@ def test_main_job_small(tmp_path, capsys, monkeypatch):
     assert not any("{" in text for text in policy.deployment["instructions"])
     printed = capsys.readouterr()
     assert (
-        "SFT co-training, then RL-Co, lambda 0.1, randomised places, visual, dynamics"
+        "SFT co-training, then RL-Co, lambda 0.1, randomised places, dynamics"
         in printed.err
     )
     assert "95 % interval" in printed.out
@@ -6617,7 +6617,7 @@ EVALUATE_MUTANTS = [
     ("compare", "min(1.0, 2 *", "min(1.0, 1 *", check_evaluate_mcnemar),
     ("compare", "centre = (c - b) / (n + 2)", "centre = (c - b) / n", check_evaluate_interval),
     ("summary", 'not episode["touched"]', 'episode["touched"]', check_evaluate_summary),
-    ("run_block", "[seed, block]", "seed", check_evaluate_noise),
+    ("noise_generator", "[seed, number]", "seed", check_evaluate_noise),
     ("run_block", "block * env.num_envs", "0 * block", check_evaluate_episodes),
     ("run_block", "if i not in running:", "if False:", check_evaluate_episodes),
     ("run_block", "actions[running] = chunk", "actions[:] = 1", check_evaluate_episodes),
