@@ -46,7 +46,7 @@ Deployment  --serve speaks the openpi policy protocol, see PolicyServer, until C
             end. --trials reads a LeRobot data set in which a person has judged each episode.
 Studies     --study trains and evaluates what is missing of a study, a process for each core, and
             writes results/NAME: cells.json (each scene of each run), table.txt, figure.png. The
-            same command goes on after an interruption. A study lists the commands that it runs.
+            same command goes on after an interruption. cells.json has the commands, too.
 Errors      One line, and exit status 1, or 130 after a signal. With the environment variable
             TRACEBACK=1, also where an error was raised.
 """
@@ -351,8 +351,6 @@ MAX_MESSAGE = 32 * 2**20    # bytes of a request: 5 images of 1920 x 1080; openp
 MAX_ITEMS = 1024            # maps and lists in a request, and entries of each
 MAX_SIDE = 4096             # of an image [px]
 MAX_PROMPT = 1000           # characters
-ACTIONS = ("dx dy dz [m], droll dpitch dyaw [rad] per control step in the robot's base frame, "
-           "gripper -1 close .. +1 open")
 
 
 class PolicyServer:
@@ -386,7 +384,7 @@ class PolicyServer:
         self.clients = itertools.count()
         self.lock = threading.Lock()            # around act, and around the numbers printed
         self.traffic = Traffic()
-        self.metadata = dict(actions=ACTIONS)
+        self.metadata = dict(actions=policies.ACTIONS)
         self.metadata.update(stated)
         self.metadata.update(
             policy=getattr(policy, "kind", type(policy).__name__),
@@ -1166,15 +1164,13 @@ def run(args):
 def report(args, results):
     """Print the tables, then write result.json, then the pictures, which may fail."""
     rows = []
-    outcomes = []                           # the episodes of each row
     comparisons = []
     for cell, episodes in results.items():
         baseline = dataclasses.replace(cell, checkpoint=args.checkpoint[0])
         before = by_place(cell.variant, results[baseline])
         for variant, some in by_place(cell.variant, episodes).items():
             names = dict(dataclasses.asdict(cell), domain=NAMES[cell.domain], variant=variant)
-            rows.append(names | summary(some))
-            outcomes.append(some)
+            rows.append(names | summary(some) | dict(episodes=some))
             if cell != baseline:
                 names |= dict(second=cell.checkpoint, first=baseline.checkpoint)
                 comparisons.append(names | compare(before[variant], some))
@@ -1184,8 +1180,6 @@ def report(args, results):
     if comparisons:
         print("\nOn the same scenes; difference: second - first, in percentage points\n")
         print(comparison_table(comparisons))
-    for row, some in zip(rows, outcomes):
-        row["episodes"] = some
     path = pathlib.Path(args.out, "result.json")
     begun = read_journal(args)[0]
     policies.write_json(path, dict(begun, comparisons=comparisons, cells=rows))
@@ -1407,6 +1401,7 @@ def count_trials(args):
 STUDY_SEED = 2_000_003      # of the scenes of studies: no training and no choice has seen them
 STUDY_EPISODES = 400        # whole-table scenes of a success rate: 200 of each kind of place
 RESAMPLES = 2000            # of the bootstrap
+HEADLINE = "stand-in/whole-table"
 STUDY_RUNS = "runs/study"   # folder of the runs; studies share them
 
 
@@ -1531,7 +1526,7 @@ def jobs_of(args, arm, policy, task, seed):
     return jobs
 
 
-def run_job(job, args, bar, running, devices):
+def run_job(job, bar, running, devices):
     """Run a command to its end. Its output goes to OUT.log; ValueError with its last line."""
     if not job.result.exists():
         command = [sys.executable, *job.command]
@@ -1542,8 +1537,8 @@ def run_job(job, args, bar, running, devices):
         device = devices.get()
         own = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=device)
         with open(log, "a") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=os.environ | own, start_new_session=True)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
+                                       env=os.environ | own, start_new_session=True)
         running.append(process)             # run_study() stops what runs if it is stopped
         status = process.wait()
         devices.put(device)
@@ -1600,7 +1595,7 @@ def run_study(args):
     running = []
     total = len(first) + sum(len(jobs) - 1 for _, jobs in missing.values())
     with (tqdm(total=total, unit="job") as bar, ThreadPoolExecutor(args.workers) as pool):
-        context = args, bar, running, devices
+        context = bar, running, devices
         try:
             list(pool.map(lambda job: run_job(job, *context), first.values()))
             futures = {}
@@ -1665,9 +1660,9 @@ def outcomes_of(args, cells, policy, arm):
 def study_rows(args, cells):
     """Sum up a study: for each policy and arm, means over tasks, seeds and scenes.
 
-    Returns dicts: policy, arm, series, x; rates and gains, {"stand-in/other-places": see
-    hierarchical_interval}, the latter from the baseline on the same seeds and scenes; and tasks,
-    {task: success on the stand-in, whole table}.
+    Returns dicts: policy, arm, series, x; rates, {"stand-in/other-places": see
+    hierarchical_interval}; and of HEADLINE: gain, the same of the difference to the baseline on
+    the same seeds and scenes, and tasks, {task: success}.
     """
     study = STUDIES[args.study]
     rows = []
@@ -1676,25 +1671,23 @@ def study_rows(args, cells):
         for arm in study.arms:
             outcomes = outcomes_of(args, cells, policy, arm.name)
             rates = {name: hierarchical_interval(each) for name, each in outcomes.items()}
-            gains = {name: hierarchical_interval(each.astype(float) - baseline[name])
-                     for name, each in outcomes.items()}
-            by_task = outcomes["stand-in/whole-table"].mean((1, 2))
+            gain = outcomes[HEADLINE].astype(float) - baseline[HEADLINE]
+            by_task = outcomes[HEADLINE].mean((1, 2))
             rows.append(dict(policy=policy, arm=arm.name, series=arm.series, x=arm.x, rates=rates,
-                             gains=gains, tasks=dict(zip(args.tasks, by_task))))
+                             gain=hierarchical_interval(gain),
+                             tasks=dict(zip(args.tasks, by_task))))
     return rows
 
 
 def study_table(args, rows):
     """Lay out study_rows(): the whole table of the stand-in first, as it is the headline."""
-    headline = "stand-in/whole-table"
     columns = {"policy": "{policy}", "arm": "{arm}"}
-    columns["stand-in"] = "{rates[%s][mean]:.1%%}" % headline
-    interval = "{%s[%s][low]:.1%%} to {%s[%s][high]:.1%%}"
-    columns["95 % interval"] = interval % ("rates", headline, "rates", headline)
-    columns["gain"] = "{gains[%s][mean]:+.1%%}" % headline
-    columns["95 % interval "] = interval % ("gains", headline, "gains", headline)
+    columns["stand-in"] = f"{{rates[{HEADLINE}][mean]:.1%}}"
+    columns["95 % interval"] = f"{{rates[{HEADLINE}][low]:.1%}} to {{rates[{HEADLINE}][high]:.1%}}"
+    columns["gain"] = "{gain[mean]:+.1%}"
+    columns["95 % interval "] = "{gain[low]:.1%} to {gain[high]:.1%}"
     for name in rows[0]["rates"]:
-        if name != headline:
+        if name != HEADLINE:
             columns[name] = "{rates[%s][mean]:.1%%}" % name
     for task in args.tasks:
         columns[task] = "{tasks[%s]:.1%%}" % task
@@ -1725,7 +1718,7 @@ def draw_lines(axis, rows, x):
     """Draw success on the stand-in over x, with intervals: a line for each series."""
     for series in dict.fromkeys(row["series"] for row in rows):
         some = [row for row in rows if row["series"] == series]
-        rates = [row["rates"]["stand-in/whole-table"] for row in some]
+        rates = [row["rates"][HEADLINE] for row in some]
         if not series:                      # an arm without a place on the axis
             axis.axhline(rates[0]["mean"], linestyle=":", color="grey", label=some[0]["arm"])
             continue

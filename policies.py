@@ -63,6 +63,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 ACTION_DIM = 7
+ACTIONS = (
+    "change of the tool (TCP) per control step in the robot base frame: dx dy dz [m], droll dpitch "
+    "dyaw [rad]; then the gripper, -1 close .. +1 open"
+)
 DECODINGS = ("sample", "deploy", "greedy")
 DEPLOY_TEMPERATURE = 0.6  # of OpenVLA in evaluation, as in RL4VLA; greedy tends to freeze
 MIN_RANGE = 1e-3  # [m, rad] narrower ranges are widened: noise would become huge actions

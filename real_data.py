@@ -52,10 +52,6 @@ from tqdm import tqdm
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper_opening", "zero")
-ACTIONS = (
-    "change of the tool (TCP) per control step in the robot base frame: dx dy dz [m], droll dpitch "
-    "dyaw [rad]; then the gripper, -1 close .. +1 open"
-)
 MIN_RANGE = 1e-3       # m or rad; a dimension with q99 - q01 below this hardly moves
 MAX_SPEED = 1.0        # m/s; what moves faster is hardly a delta in metres
 MAX_TURN_SPEED = 5.0   # rad/s; what turns faster is hardly a delta in radians

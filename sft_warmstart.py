@@ -544,7 +544,7 @@ def describe(policy, instructions, **known):
     simulated = dict(
         cameras=[real_data.CAMERA],
         control_hz=float(envs.CONTROL_HZ),
-        actions=real_data.ACTIONS,
+        actions=policies.ACTIONS,
         statistics="of the checkpoint",
         base=policy.base,
     )

@@ -4574,7 +4574,7 @@ def test_deployment_is_what_a_robot_must_know(tmp_path):
     expected = dict(
         cameras=["observation.images.front"],
         control_hz=5.0,
-        actions=real_data.ACTIONS,
+        actions=policies.ACTIONS,
         instructions=sorted(texts),
         statistics=f"of {options.policy}",
         base=base,
